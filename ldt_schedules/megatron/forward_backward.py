@@ -1,0 +1,236 @@
+"""Megatron's forward-backward contract, fulfilled by a schedule table.
+
+A training loop asks `get_forward_backward_func()` and calls what it gets with keywords. In a U it gets the function
+below; in a process without a session, an edge alone for example, Megatron's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.utils import get_model_config
+
+from ldt_schedules import device
+from ldt_schedules.comm.transport import TensorSpec
+from ldt_schedules.errors import ConfigError
+from ldt_schedules.megatron import session
+from ldt_schedules.megatron.chunks import shares_parameters, stage_modules
+from ldt_schedules.megatron.compatibility import call_with_known
+from ldt_schedules.megatron.cross_site import share_num_tokens
+from ldt_schedules.megatron.grad_sync import GradSync
+from ldt_schedules.megatron.session import Session
+from ldt_schedules.megatron.stages import MegatronStages
+from ldt_schedules.planning.actions import Action, Kind
+from ldt_schedules.planning.formats import table_hash
+from ldt_schedules.planning.table import ScheduleTable
+from ldt_schedules.runtime.batches import SharedBatches
+from ldt_schedules.runtime.executor import Executor, check_executable
+from ldt_schedules.runtime.step_header import StepHeader
+from ldt_schedules.topology import Site
+
+
+def select_forward_backward_func(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For `get_forward_backward_func`."""
+
+    def get_forward_backward_func(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+        if session.current() is None:
+            return original(*args, **kwargs)  # type: ignore[no-any-return]
+        return forward_backward_pipelining_without_interleaving
+
+    return get_forward_backward_func
+
+
+def forward_backward_pipelining_without_interleaving(
+    *,
+    forward_step_func: Callable[..., Any],
+    data_iterator: Iterator[Any] | list[Any] | None,
+    model: torch.nn.Module | list[torch.nn.Module],
+    num_microbatches: int,
+    seq_length: int,
+    micro_batch_size: int,
+    decoder_seq_length: int | None = None,
+    forward_only: bool = False,
+    collect_non_loss_data: bool = False,
+    first_val_step: bool | None = None,
+    adjust_tensor_shapes_fn: Callable[..., Any] | None = None,
+    p2p_communicator: object | None = None,
+    pg_collection: object | None = None,
+    force_all_reduce: bool = False,
+) -> list[Any]:
+    """One step of this process: the keywords and the return value are Megatron's (0.12.1 to 0.16.1).
+
+    Args:
+        model: at the edge the module with head and tail, in the cloud the chunk; bare or a list of one.
+        data_iterator: read at the edge only.
+        seq_length, micro_batch_size: the activations are `[seq_length, micro_batch_size, hidden]`.
+        decoder_seq_length, p2p_communicator: unused; peers stand in the table.
+
+    Returns:
+        at the edge what the loss function reported, one entry a microbatch; in the cloud an empty list.
+
+    Raises:
+        ConfigError: an option that a U cannot honour.
+        LdtError: the other site runs another step, or an action failed.
+    """
+    run = session.current()
+    assert run is not None, "no session: get_forward_backward_func would have chosen Megatron's own function"
+    chunks = model if isinstance(model, list) else [model]
+    config = get_model_config(chunks[0])
+    _refuse_unsupported(config, chunks, adjust_tensor_shapes_fn)
+    table = run.table_for(num_microbatches, forward_only)
+    check_executable(table)
+    if config.timers is not None:
+        config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
+
+    row = table.ranks[run.place.pipeline_rank]
+    grad_sync = GradSync(config, chunks, row, at_end_only=_reduces_at_end(run, config, chunks[0]))
+    grad_sync.close()
+    if not forward_only:
+        _start_param_sync(config, chunks)
+    source = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
+    stages = MegatronStages(
+        run=run,
+        config=config,
+        modules=stage_modules(chunks[0]),
+        table=table,
+        batches=SharedBatches(source),
+        grad_sync=grad_sync,
+        forward_step_func=forward_step_func,
+        num_tokens=torch.zeros([], dtype=torch.int, device=device.current_device()),
+        forward_data_store=[],
+        collect_non_loss_data=collect_non_loss_data,
+        first_val_step=first_val_step,
+        recompute_window=_recompute_window(config, row),
+    )
+    header = _exchange_header(run, table, _header(run, table, config, seq_length, micro_batch_size))
+    embedding_module = None if forward_only else _clear_deferred_embedding(run, config, stages)
+    executor = Executor(
+        table=table,
+        rank=run.place.pipeline_rank,
+        compute=stages,
+        transport=run.transport,
+        spec=lambda microbatch: _local_spec(header.spec(microbatch), run, config),
+    )
+    run.last_step = executor.run()
+    stages.batches.assert_empty()
+    grad_sync.finish()
+    if not forward_only:
+        _finish_gradients(run, config, chunks, stages, embedding_module, pg_collection, force_all_reduce)
+    run.steps += 1
+    if config.timers is not None:
+        config.timers("forward-backward").stop()
+    return stages.forward_data_store
+
+
+def _refuse_unsupported(config: Any, chunks: list[Any], adjust_tensor_shapes_fn: object) -> None:
+    if len(chunks) != 1:
+        raise ConfigError(f"a site of a U holds one wrapped module, got a list of {len(chunks)} model chunks")
+    if adjust_tensor_shapes_fn is not None:
+        raise ConfigError("adjust_tensor_shapes_fn changes shapes on one rank only; a U takes them from the step header")
+    for option in ("overlap_moe_expert_parallel_comm", "hybrid_context_parallel", "fine_grained_activation_offloading"):
+        if getattr(config, option, False):
+            raise ConfigError(f"{option} belongs to Megatron's own schedules and is not supported in a U; turn it off")
+
+
+def _reduces_at_end(run: Session, config: Any, chunk: torch.nn.Module) -> bool:
+    """Megatron: with a grad_sync_func only the first pipeline stage reduces during its last backward."""
+    return shares_parameters(chunk) or (config.grad_sync_func is not None and run.place.site is Site.CLOUD)
+
+
+def _start_param_sync(config: Any, chunks: list[Any]) -> None:
+    if config.param_sync_func is not None:
+        functions = config.param_sync_func if isinstance(config.param_sync_func, list) else [config.param_sync_func]
+        for start, chunk in zip(functions, chunks, strict=True):
+            start(chunk.parameters())
+
+
+def _recompute_window(config: Any, row: tuple[Action, ...]) -> dict[int, int] | None:
+    """The greatest number of microbatches of each stage that are between their F and their B."""
+    if config.num_microbatches_with_partial_activation_checkpoints is None:
+        return None
+    now: dict[int, int] = {}
+    most: dict[int, int] = {}
+    for action in row:
+        if action.kind is Kind.F:
+            now[action.stage] = now.get(action.stage, 0) + 1
+            most[action.stage] = max(most.get(action.stage, 0), now[action.stage])
+        elif action.kind is Kind.B:
+            now[action.stage] -= 1
+    return most
+
+
+def _header(run: Session, table: ScheduleTable, config: Any, seq_length: int, micro_batch_size: int) -> StepHeader:
+    shape = (seq_length, micro_batch_size, config.hidden_size)
+    dtype = config.pipeline_dtype or config.params_dtype
+    return StepHeader(
+        step=run.steps,
+        forward_only=table.forward_only,
+        table_hash=table_hash(table),
+        shapes=(shape,) * table.num_microbatches,
+        dtype=str(dtype).removeprefix("torch."),
+    )
+
+
+def _exchange_header(run: Session, table: ScheduleTable, mine: StepHeader) -> StepHeader:
+    """The edge announces the step, the cloud checks that it is about to run the same one."""
+    key = f"header/{run.steps}/{run.place.data_rank}"
+    if run.place.site is Site.EDGE:
+        if run.place.tensor_rank == 0 and run.place.context_rank == 0:
+            run.link.publish(key, mine.to_message())
+            run.link.forget(key.replace(f"/{run.steps}/", f"/{run.steps - 2}/"))
+        return mine
+    theirs = StepHeader.from_message(run.link.fetch(key, f"the edge's header of step {run.steps}"))
+    theirs.require_agreement(mine)
+    return theirs
+
+
+def _local_spec(whole: TensorSpec, run: Session, config: Any) -> TensorSpec:
+    """This rank's part of an activation: context parallelism and sequence parallelism split the sequence."""
+    sequence, batch, hidden = whole.shape
+    size = run.topology.size(run.place.site)
+    sequence //= size.context * (size.tensor if config.sequence_parallel else 1)
+    return TensorSpec((sequence, batch, hidden), whole.dtype)
+
+
+def _clear_deferred_embedding(run: Session, config: Any, stages: MegatronStages) -> Any:
+    """Megatron's `defer_embedding_wgrad_compute`: the tail's buffer must be empty before the step."""
+    tail = stages.modules.get(run.topology.num_pipeline_ranks)
+    if tail is None or config.finalize_model_grads_func is None:
+        return None
+    with run.stage(run.topology.num_pipeline_ranks):
+        return call_with_known(schedules.clear_embedding_activation_buffer, config, tail, is_last_stage=True)
+
+
+def _finish_gradients(
+    run: Session,
+    config: Any,
+    chunks: list[Any],
+    stages: MegatronStages,
+    embedding_module: Any,
+    pg_collection: object | None,
+    force_all_reduce: bool,
+) -> None:
+    if config.finalize_model_grads_func is None:
+        return
+    if embedding_module is not None:
+        from megatron.core import parallel_state
+
+        with run.stage(run.topology.num_pipeline_ranks):
+            call_with_known(
+                schedules.finish_embedding_wgrad_compute,
+                config,
+                embedding_module,
+                is_last_stage=True,
+                tp_group=parallel_state.get_tensor_model_parallel_group(),
+            )
+    num_tokens = None
+    if config.calculate_per_token_loss:
+        num_tokens = stages.num_tokens
+        share_num_tokens(run, num_tokens)
+    optional = {"force_all_reduce": force_all_reduce}
+    if pg_collection is not None:
+        optional["pg_collection"] = pg_collection  # type: ignore[assignment]
+    call_with_known(config.finalize_model_grads_func, chunks, num_tokens, **optional)

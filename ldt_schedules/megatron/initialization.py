@@ -1,0 +1,69 @@
+"""Initial weights that depend on a parameter's name and the seed, not on how the model is split.
+
+Megatron draws weights one after the other on each rank, so another layout gives another model. Here each random
+parameter is drawn whole, from a generator seeded by the run's seed and the parameter's name in the whole model, and each
+tensor-parallel rank keeps its slice: a U, one process and any TP size start from the same weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.layers import (
+    _initialize_affine_weight_cpu,
+    set_tensor_model_parallel_attributes,
+)
+
+from ldt_schedules.megatron.chunks import global_parameters
+
+_OUTPUT_LAYERS = ("linear_proj.weight", "linear_fc2.weight")
+
+
+def initialize_by_name(model: torch.nn.Module, config: Any, seed: int) -> None:
+    """Draw every weight matrix of `model` anew, in place; biases and norm weights keep their constants.
+
+    Args:
+        config: of the whole model; `init_method` for most matrices, `output_layer_init_method` for those that
+            write to the residual stream (as megatron-core's own layers choose them).
+    """
+    for name, parameter in global_parameters(model):
+        if parameter.dim() < 2:
+            continue
+        method = config.output_layer_init_method if name.endswith(_OUTPUT_LAYERS) else config.init_method
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(_seed(seed, name))
+            _draw(parameter, method, config.params_dtype)
+
+
+def _seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
+
+
+def _draw(parameter: torch.nn.Parameter, method: Any, dtype: torch.dtype) -> None:
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    if not getattr(parameter, "tensor_model_parallel", False) or size == 1:
+        whole = torch.empty(parameter.shape, dtype=torch.float32)
+        method(whole)
+        parameter.data.copy_(whole.to(dtype))
+        return
+    dim, stride = parameter.partition_dim, parameter.partition_stride
+    shape = list(parameter.shape)
+    shape[dim] *= size
+    mine = torch.nn.Parameter(torch.empty(parameter.shape, dtype=dtype))
+    _initialize_affine_weight_cpu(
+        mine,
+        shape[0],
+        shape[1],
+        parameter.shape[dim],
+        dim,
+        method,
+        stride=stride,
+        params_dtype=dtype,
+        rank=parallel_state.get_tensor_model_parallel_rank(),
+        world_size=size,
+    )
+    set_tensor_model_parallel_attributes(mine, True, dim, stride)
+    parameter.data.copy_(mine.data)

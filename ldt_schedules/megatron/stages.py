@@ -1,0 +1,107 @@
+"""One F or B of a model chunk, through Megatron's own `forward_step` and `backward_step`.
+
+So everything these honour is honoured: autocast, grad_scale_func, MoE and MTP loss scales, timers, per-token loss,
+non-loss data, deallocation of outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.utils import get_model_type
+
+from ldt_schedules.megatron.compatibility import call_with_known
+from ldt_schedules.megatron.grad_sync import GradSync
+from ldt_schedules.megatron.session import Session
+from ldt_schedules.planning.table import ScheduleTable
+from ldt_schedules.runtime.batches import SharedBatches
+
+Saved = tuple[list[torch.Tensor], torch.Tensor]
+"""Inputs and output of a stage, kept from its forward to its backward."""
+
+
+@dataclass
+class MegatronStages:
+    """The stages of this process for one step; a `runtime.executor.StageCompute`.
+
+    Attributes:
+        modules: stage -> module to call.
+        forward_data_store: what the loss function returned, one entry a microbatch; Megatron's return value.
+        num_tokens: loss tokens of this process so far, an int tensor; 0 in the cloud.
+        recompute_window: stage -> in-flight microbatches, for partial activation checkpointing; None when it is off.
+    """
+
+    run: Session
+    config: Any
+    modules: dict[int, torch.nn.Module]
+    table: ScheduleTable
+    batches: SharedBatches
+    grad_sync: GradSync
+    forward_step_func: Callable[..., Any]
+    num_tokens: torch.Tensor
+    forward_data_store: list[Any]
+    collect_non_loss_data: bool = False
+    first_val_step: bool | None = None
+    recompute_window: dict[int, int] | None = None
+
+    def forward(self, stage: int, microbatch: int, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, Saved]:
+        layout = self.table.layout
+        with self.run.stage(stage):
+            output, num_tokens = call_with_known(
+                schedules.forward_step,
+                self.forward_step_func,
+                self._batches(stage, microbatch),
+                self.modules[stage],
+                self.table.num_microbatches,
+                inputs[0] if inputs else None,
+                self.forward_data_store,
+                self.config,
+                cp_group_size=parallel_state.get_context_parallel_world_size(),
+                collect_non_loss_data=self.collect_non_loss_data,
+                checkpoint_activations_microbatch=self._checkpoint_all_layers(stage, microbatch),
+                is_first_microbatch=schedules.check_first_val_step(
+                    self.first_val_step, self.table.forward_only, microbatch == 0
+                ),
+                current_microbatch=microbatch,
+                is_last_stage=layout.is_tail(stage),
+            )
+        self.num_tokens += num_tokens.to(self.num_tokens.device)
+        if layout.is_tail(stage):
+            return output, (inputs, output)
+        # The alias is what is sent; the original keeps only its place in the autograd graph.
+        to_send = output.detach()
+        if not self.table.forward_only:
+            schedules.deallocate_output_tensor(output, self.config.deallocate_pipeline_outputs)
+        return to_send, (inputs, output)
+
+    def backward(
+        self, stage: int, microbatch: int, saved: Saved, output_grads: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        inputs, output = saved
+        output_grad = torch.stack(output_grads).sum(0) if len(output_grads) > 1 else next(iter(output_grads), None)
+        model_type = get_model_type(self.modules[stage])
+        with self.run.stage(stage), self.grad_sync.around_backward(stage, microbatch):
+            grad = schedules.backward_step(inputs[0] if inputs else None, output, output_grad, model_type, self.config)
+        if not inputs:
+            return []
+        return [torch.zeros_like(inputs[0]) if grad is None else grad]
+
+    def _batches(self, stage: int, microbatch: int) -> Iterator[Any] | None:
+        layout = self.table.layout
+        if layout.is_head(stage):
+            return self.batches.for_head(microbatch, keep=True)
+        if layout.is_tail(stage):
+            return self.batches.for_tail(microbatch)
+        return None
+
+    def _checkpoint_all_layers(self, stage: int, microbatch: int) -> bool | None:
+        """Megatron's window rule (appendix C of arXiv:2205.05198), with the stage's own number in flight."""
+        if self.recompute_window is None:
+            return None
+        limit = self.config.num_microbatches_with_partial_activation_checkpoints
+        return bool(microbatch % self.recompute_window[stage] >= limit)

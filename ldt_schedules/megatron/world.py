@@ -1,0 +1,78 @@
+"""Opens and closes what a process takes part in: its site's own Megatron world, and the link to the other site."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from ldt_schedules import device
+from ldt_schedules.comm.link import connect
+from ldt_schedules.comm.torch_transport import TorchTransport
+from ldt_schedules.megatron import session
+from ldt_schedules.megatron.session import Session, TableSource
+from ldt_schedules.topology import Place, Site, Topology
+
+
+@dataclass(frozen=True, kw_only=True)
+class Address:
+    """Where a store listens."""
+
+    host: str
+    port: int
+
+
+def open_site(topology: Topology, place: Place, rendezvous: Address, timeout_s: float, seed: int) -> None:
+    """This site's torch.distributed world and its parallel groups: stock Megatron, of the site's own sizes.
+
+    Args:
+        rendezvous: of the site alone (MASTER_ADDR and MASTER_PORT of its own launcher).
+        timeout_s: deadline of the site's collectives.
+    """
+    size = topology.size(place.site)
+    torch.distributed.init_process_group(
+        backend=device.collective_backend(),
+        init_method=f"tcp://{rendezvous.host}:{rendezvous.port}",
+        rank=place.site_rank,
+        world_size=topology.world_size(place.site),
+        timeout=timedelta(seconds=timeout_s),
+    )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=size.tensor,
+        pipeline_model_parallel_size=topology.pipeline_size(place.site),
+        context_parallel_size=size.context,
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def join_link(
+    topology: Topology, place: Place, address: Address, table_for: TableSource, timeout_s: float, backend: str = "auto"
+) -> Session:
+    """Connect to the other site and make the session of this process. The cloud's first process listens."""
+    link = connect(
+        host=address.host,
+        port=address.port,
+        listen=place.site is Site.CLOUD and place.site_rank == 0,
+        global_rank=place.global_rank,
+        total_processes=topology.total_processes,
+        timeout_s=timeout_s,
+        backend=backend,
+    )
+    transport = TorchTransport(link, lambda pipeline_rank: topology.peer(place, pipeline_rank))
+    run = Session(topology, place, link, transport, table_for)
+    session.install(run)
+    return run
+
+
+def close_site() -> None:
+    """Leave the link and the site's world; the process may open others afterwards."""
+    run = session.current()
+    if run is not None:
+        run.link.close()
+        session.uninstall()
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,116 @@
+"""The vocabulary of a schedule: what one pipeline rank can be told to do.
+
+An action says *what* (`Kind`), *for which stage*, *for which microbatches* and, when it crosses ranks,
+*with whom*. The peer is always written down: nothing at run time works out who the other side is.
+
+Text form (the only one; tables, logs and error messages all use it):
+
+    F s0 m0               forward of stage 0, microbatch 0
+    B s0 m(0,1)           full backward of microbatches 0 and 1 in one pass ("packed")
+    SEND_F s0 m0 ->1      send the activation of stage 0 to pipeline rank 1
+    RECV_B s0 m0 <-1      receive the gradient of stage 0's output from pipeline rank 1
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+from ldt_schedules.planning.errors import ScheduleError
+
+
+class Kind(str, Enum):
+    """The eight things a rank can do. Backward is either one `B` or the pair `I` then `W`."""
+
+    F = "F"
+    B = "B"
+    I = "I"  # noqa: E741 - the field's name for "gradient of the input"
+    W = "W"
+    SEND_F = "SEND_F"
+    RECV_F = "RECV_F"
+    SEND_B = "SEND_B"
+    RECV_B = "RECV_B"
+
+    @property
+    def is_send(self) -> bool:
+        return self in (Kind.SEND_F, Kind.SEND_B)
+
+    @property
+    def is_recv(self) -> bool:
+        return self in (Kind.RECV_F, Kind.RECV_B)
+
+    @property
+    def is_compute(self) -> bool:
+        return not (self.is_send or self.is_recv)
+
+    def __str__(self) -> str:
+        return self.value
+
+
+_TEXT = re.compile(
+    r"(?P<kind>F|B|I|W|SEND_F|RECV_F|SEND_B|RECV_B) s(?P<stage>\d+)"
+    r" m(?:(?P<one>\d+)|\((?P<many>\d+(?:,\d+)+)\))"
+    r"(?: (?P<arrow>->|<-)(?P<peer>\d+))?"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One entry of a rank's row.
+
+    Raises:
+        ScheduleError: a SEND/RECV without a peer, a compute action with one, no or repeated microbatches.
+    """
+
+    kind: Kind
+    stage: int
+    microbatches: tuple[int, ...]
+    peer: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind.is_compute and self.peer is not None:
+            raise ScheduleError(f"{self.kind} computes, so it takes no peer, but names rank {self.peer}")
+        if not self.kind.is_compute and self.peer is None:
+            raise ScheduleError(
+                f"{self.kind} s{self.stage} names no peer; write {self.kind} s{self.stage} m… "
+                f"{'->' if self.kind.is_send else '<-'}RANK"
+            )
+        if not self.microbatches or len(set(self.microbatches)) != len(self.microbatches):
+            raise ScheduleError(f"{self.kind} s{self.stage} needs different microbatches, got {self.microbatches}")
+
+    def __str__(self) -> str:
+        text = f"{self.kind} s{self.stage} m{format_microbatches(self.microbatches)}"
+        if self.peer is None:
+            return text
+        return f"{text} {'->' if self.kind.is_send else '<-'}{self.peer}"
+
+    @classmethod
+    def parse(cls, text: str) -> Action:
+        """Read the text form back; `Action.parse(str(action)) == action`.
+
+        Raises:
+            ScheduleError: the text is not exactly one action.
+        """
+        match = _TEXT.fullmatch(text.strip())
+        if match is None:
+            raise ScheduleError(
+                f"cannot read action {text!r}; expected for example 'F s0 m0', 'B s2 m(0,1)' or 'SEND_F s0 m0 ->1'"
+            )
+        kind = Kind(match["kind"])
+        if match["arrow"] is not None and (match["arrow"] == "->") != kind.is_send:
+            raise ScheduleError(f"cannot read action {text!r}: a SEND points '->', a RECV points '<-'")
+        microbatches = match["one"] or match["many"]
+        return cls(
+            kind=kind,
+            stage=int(match["stage"]),
+            microbatches=tuple(int(m) for m in microbatches.split(",")),
+            peer=None if match["peer"] is None else int(match["peer"]),
+        )
+
+
+def format_microbatches(microbatches: tuple[int, ...]) -> str:
+    """`(3,)` -> `3`; `(0, 1)` -> `(0,1)`."""
+    if len(microbatches) == 1:
+        return str(microbatches[0])
+    return "(" + ",".join(str(m) for m in microbatches) + ")"

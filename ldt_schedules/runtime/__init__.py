@@ -1,0 +1,1 @@
+"""Executes one row of a schedule table: torch only, no Megatron."""

@@ -1,0 +1,65 @@
+"""Batches are read once on the edge, by the head, and seen again by the tail.
+
+The user's forward step draws from a data iterator as it always does. The head's draws for a microbatch are recorded;
+when the tail runs the same microbatch it is given the same objects, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ldt_schedules.errors import LdtError
+
+
+class SharedBatches:
+    """Deals each microbatch's draws to the head first and to the tail afterwards.
+
+    `source` may be None (a rank that is fed by broadcast inside its tensor-parallel group draws nothing).
+    """
+
+    def __init__(self, source: Iterator[Any] | None) -> None:
+        self._source = source
+        self._drawn: dict[int, list[Any]] = {}
+
+    def for_head(self, microbatch: int, *, keep: bool) -> Iterator[Any] | None:
+        """An iterator that reads the source; with `keep` what it reads is kept for the tail."""
+        if self._source is None:
+            return None
+        return _Recording(self._source, self._drawn.setdefault(microbatch, []) if keep else None)
+
+    def for_tail(self, microbatch: int) -> Iterator[Any] | None:
+        """The head's draws once more; afterwards they are gone.
+
+        Raises:
+            LdtError: from `next`, when the tail draws more often than the head did.
+        """
+        if self._source is None:
+            return None
+        return _replay(self._drawn.pop(microbatch, []), microbatch)
+
+    def assert_empty(self) -> None:
+        """Raises AssertionError when a batch was read and never seen by the tail."""
+        assert not self._drawn, f"batches of microbatches {sorted(self._drawn)} were read and not used by the tail"
+
+
+class _Recording:
+    def __init__(self, source: Iterator[Any], drawn: list[Any] | None) -> None:
+        self._source, self._drawn = source, drawn
+
+    def __iter__(self) -> _Recording:
+        return self
+
+    def __next__(self) -> Any:
+        item = next(self._source)
+        if self._drawn is not None:
+            self._drawn.append(item)
+        return item
+
+
+def _replay(drawn: list[Any], microbatch: int) -> Iterator[Any]:
+    yield from drawn
+    raise LdtError(
+        f"the forward step of the tail read more batches than the head's for microbatch {microbatch} "
+        f"({len(drawn)}); a forward step must read the same number on both"
+    )

@@ -1,0 +1,22 @@
+"""Declared patches of Megatron, MindSpeed and torch.cuda; see `patches.manager` for the rules."""
+
+from __future__ import annotations
+
+from ldt_schedules import device
+from patches import cpu, manager, megatron_core
+
+
+def apply_all() -> None:
+    """Apply what this process needs: the U's patches of megatron-core and, on a CPU, the CPU adaptor first.
+
+    Raises:
+        patches.manager.PatchError: what is installed is not what the patches were written for.
+    """
+    if device.device_type() == "cpu":
+        manager.apply(cpu.PATCHES)
+    manager.apply(megatron_core.PATCHES)
+
+
+def revert_all() -> None:
+    """Leave everything as it was before `apply_all`."""
+    manager.revert()

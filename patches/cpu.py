@@ -1,0 +1,56 @@
+"""The CPU adaptor: what unmodified megatron-core needs to run where there is no GPU.
+
+`patches.cpu.PATCHES` is applied by our own launcher when the process computes on a CPU; a Megatron user does the
+same with `patches.apply_all()`.
+"""
+
+from __future__ import annotations
+
+from patches.manager import Patch
+
+_REASON = "megatron-core calls it whatever the device"
+
+
+def _torch(target: str, factory: str, reason: str = _REASON) -> Patch:
+    return Patch(
+        target=target, factory=f"ldt_schedules.cpu_adaptor:{factory}", reason=reason, package="torch", versions=">=2.6"
+    )
+
+
+_FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn", "linspace", "eye")
+
+PATCHES: tuple[Patch, ...] = (
+    _torch("torch.cuda:current_device", "current_device"),
+    _torch("torch.cuda:set_device", "nothing"),
+    _torch("torch.cuda:synchronize", "nothing"),
+    _torch("torch.cuda:empty_cache", "nothing"),
+    _torch("torch.cuda:memory_allocated", "zero"),
+    _torch("torch.cuda:max_memory_allocated", "zero"),
+    _torch("torch.cuda:current_stream", "a_stream"),
+    _torch("torch.cuda:default_stream", "a_stream"),
+    _torch("torch.cuda:stream", "stream_context"),
+    _torch("torch.cuda:get_rng_state", "get_rng_state"),
+    _torch("torch.cuda:set_rng_state", "set_rng_state"),
+    _torch("torch.cuda:manual_seed", "manual_seed"),
+    *(_torch(f"torch:{name}", "factory", 'megatron-core writes device="cuda"') for name in _FACTORIES),
+    _torch("torch:Tensor.cuda", "tensor_cuda"),
+    _torch("torch:Tensor.to", "tensor_to"),
+    _torch("torch:Tensor.type", "tensor_type", "its optimizer compares names of tensor types"),
+    _torch("torch.nn:Module.cuda", "tensor_cuda"),
+    Patch(
+        target="megatron.core.tensor_parallel.random:_get_cuda_rng_state",
+        factory="ldt_schedules.cpu_adaptor:get_rng_state",
+        reason="reads the generator list of torch.cuda",
+        package="megatron-core",
+        versions=">=0.12.1,<0.17",
+        signatures=(("device", "clone", "graph_safe"), ("device",)),
+    ),
+    Patch(
+        target="megatron.core.tensor_parallel.random:_set_cuda_rng_state",
+        factory="ldt_schedules.cpu_adaptor:set_rng_state",
+        reason="writes to the generator list of torch.cuda",
+        package="megatron-core",
+        versions=">=0.12.1,<0.17",
+        signatures=(("new_state", "device", "graph_safe"), ("new_state", "device")),
+    ),
+)

@@ -1,0 +1,158 @@
+"""Applies and takes back declared patches of other people's modules.
+
+A patch on a name that does not exist does nothing and nobody notices; a by-name import keeps the old object
+alive in another module. So `apply` refuses a target that is missing, whose parameters are not the declared
+ones, or whose package is of an unknown version; it rebinds every module that holds the old object; and
+`revert` puts every binding back, those of modules imported since included.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+
+Signature = tuple[str, ...]
+"""The parameter names of a function, in order."""
+
+
+class PatchError(RuntimeError):
+    """A declared patch does not fit what is installed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patch:
+    """One declaration.
+
+    Attributes:
+        target: `"package.module:name"` or `"package.module:Class.method"`.
+        factory: `"package.module:function"`; called with the original, returns what takes its place.
+        reason: why no seam of the upstream does.
+        package: the distribution whose version is checked.
+        versions: the versions it was checked on, as a specifier (`">=0.12.1,<0.17"`). In an older or newer
+            version the patch is refused.
+        signatures: the parameter lists it was checked against; empty for a built-in that has none.
+    """
+
+    target: str
+    factory: str
+    reason: str
+    package: str
+    versions: str
+    signatures: tuple[Signature, ...] = ()
+
+
+@dataclass
+class _Applied:
+    patch: Patch
+    owner: Any
+    name: str
+    original: Any
+    replacement: Any
+    was_own: bool
+
+
+@dataclass
+class PatchManager:
+    """Holds what is applied; the module functions `apply` and `revert` use one for the process."""
+
+    applied: dict[str, _Applied] = field(default_factory=dict)
+
+    def apply(self, patches: Iterable[Patch]) -> None:
+        """Apply all of `patches`, or none of them. A patch that is already applied stays as it is.
+
+        Raises:
+            PatchError: with every misfit, one a line.
+        """
+        wanted = [patch for patch in patches if patch.target not in self.applied]
+        problems = [problem for patch in wanted if (problem := _misfit(patch))]
+        if problems:
+            raise PatchError("these patches do not fit what is installed:\n  " + "\n  ".join(problems))
+        factories = [_load(patch.factory) for patch in wanted]
+        for patch, factory in zip(wanted, factories, strict=True):
+            self.applied[patch.target] = self._apply(patch, factory)
+
+    def _apply(self, patch: Patch, factory: Callable[[Any], Any]) -> _Applied:
+        owner, name, original = _resolve(patch.target)
+        replacement = factory(original)
+        if not hasattr(replacement, "__wrapped__") and inspect.isfunction(replacement) and callable(original):
+            functools.update_wrapper(replacement, original)
+        done = _Applied(patch, owner, name, original, replacement, name in vars(owner))
+        setattr(owner, name, replacement)
+        _rebind(original, replacement)
+        return done
+
+    def revert(self, patches: Iterable[Patch] | None = None) -> None:
+        """Take back `patches` (default: all), the latest first."""
+        targets = set(self.applied) if patches is None else {patch.target for patch in patches}
+        for target in [target for target in reversed(list(self.applied)) if target in targets]:
+            done = self.applied.pop(target)
+            if done.was_own:
+                setattr(done.owner, done.name, done.original)
+            else:
+                delattr(done.owner, done.name)
+            _rebind(done.replacement, done.original)
+
+
+def _misfit(patch: Patch) -> str | None:
+    try:
+        version = importlib.metadata.version(patch.package)
+    except importlib.metadata.PackageNotFoundError:
+        return f"{patch.target}: {patch.package} is not installed"
+    if not SpecifierSet(patch.versions).contains(version.split("+")[0], prereleases=True):
+        return f"{patch.target}: {patch.package} is {version}, checked on {patch.versions}"
+    try:
+        _, _, original = _resolve(patch.target)
+    except (ImportError, AttributeError) as error:
+        return f"{patch.target}: does not exist in {patch.package} {version} ({error})"
+    if patch.signatures:
+        found = tuple(inspect.signature(original).parameters)
+        if found not in patch.signatures:
+            known = " or ".join(str(signature) for signature in patch.signatures)
+            return f"{patch.target}: takes {found} in {patch.package} {version}, checked with {known}"
+    return None
+
+
+def _resolve(target: str) -> tuple[Any, str, Any]:
+    """The owner, the attribute's name and the object. Not by `import a.b as m`: a package may shadow it."""
+    module_name, _, path = target.partition(":")
+    owner: Any = importlib.import_module(module_name)
+    *classes, name = path.split(".")
+    for class_name in classes:
+        owner = getattr(owner, class_name)
+    return owner, name, getattr(owner, name)
+
+
+def _load(path: str) -> Callable[[Any], Any]:
+    module_name, _, name = path.partition(":")
+    return getattr(importlib.import_module(module_name), name)  # type: ignore[no-any-return]
+
+
+def _rebind(old: Any, new: Any) -> None:
+    """Replace `old` wherever a loaded module holds it under any name (`from m import f as g`)."""
+    if not callable(old) or inspect.isbuiltin(old):
+        return
+    for module in list(sys.modules.values()):
+        names = getattr(module, "__dict__", None)
+        if not isinstance(names, dict) or module is None:
+            continue
+        for name, value in list(names.items()):
+            if value is old:
+                names[name] = new
+
+
+_MANAGER = PatchManager()
+apply = _MANAGER.apply
+revert = _MANAGER.revert
+
+
+def applied_targets() -> tuple[str, ...]:
+    """The targets patched in this process, in the order they were applied."""
+    return tuple(_MANAGER.applied)

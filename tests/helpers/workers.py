@@ -1,0 +1,100 @@
+"""A few processes, started once, that run test functions as the ranks of a world.
+
+Importing torch and Megatron takes longer than most tests. So one process imports them, the workers are forked from it,
+and a test sends them a module-level function and one argument tuple for each rank.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.helpers.preload"])
+
+
+class WorkerFailure(AssertionError):
+    """One or more ranks raised, died or did not answer in time."""
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _serve(pipe: Connection) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, function(*arguments)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+
+
+class Workers:
+    """Grows to the largest world asked for; a failed call replaces all processes."""
+
+    def __init__(self) -> None:
+        self._running: list[tuple[Any, Connection]] = []
+
+    def run(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], timeout_s: float = 90) -> list[Any]:
+        """Call `function(*arguments[rank])` on rank 0, 1, …, all at once; return what each gave.
+
+        Raises:
+            WorkerFailure: with the traceback of every rank that failed.
+        """
+        while len(self._running) < len(arguments):
+            self._start()
+        used = self._running[: len(arguments)]
+        for (_, pipe), argument in zip(used, arguments, strict=True):
+            pipe.send((function, argument))
+        deadline = time.monotonic() + timeout_s
+        answers, failures = [], []
+        for rank, (process, pipe) in enumerate(used):
+            if not pipe.poll(max(0.1, deadline - time.monotonic())):
+                state = "is still running" if process.is_alive() else f"died with code {process.exitcode}"
+                failures.append(f"rank {rank} {state} after {timeout_s} s")
+                continue
+            try:
+                fine, answer = pipe.recv()
+            except EOFError:
+                fine, answer = False, "its process died"
+            answers.append(answer)
+            if not fine:
+                failures.append(f"rank {rank}:\n{answer}")
+        if failures:
+            self.stop()
+            raise WorkerFailure("\n".join(failures))
+        return answers
+
+    def _start(self) -> None:
+        ours, theirs = CONTEXT.Pipe()
+        process = CONTEXT.Process(target=_serve, args=(theirs,), daemon=True)
+        process.start()
+        theirs.close()
+        self._running.append((process, ours))
+
+    def stop(self) -> None:
+        for process, pipe in self._running:
+            pipe.close()
+            process.kill()
+        for process, _ in self._running:
+            process.join(timeout=10)
+        self._running.clear()
+
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,0 +1,231 @@
+"""One parity case: a small GPT, its data, and what a step leaves behind, split or whole.
+
+`train_rank` is what a worker process runs. It uses the project's own building blocks as `ldt train` does; a case with
+one pipeline rank is a plain Megatron run of the whole model through Megatron's own `forward_backward_no_pipelining`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ldt_schedules.topology import Place, Topology
+from ldt_schedules.training.config import TrainConfig
+
+VOCABULARY = 64
+SEQUENCE = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained. `layers[s]` are the layers of stage s."""
+
+    layers: tuple[int, ...]
+    num_microbatches: int
+    planner: str = "ldt_1f1b"
+    tensor: int = 1
+    data: int = 1
+    steps: int = 2
+    optimizer: str = "sgd"
+    clip: float = 0.0
+    tied: bool = False
+    per_token: bool = False
+    precision: str = "fp32"
+    evaluate: bool = False
+    model: tuple[tuple[str, Any], ...] = ()
+    train: tuple[tuple[str, Any], ...] = ()
+    options: tuple[tuple[str, Any], ...] = field(default=())
+    """Set on the TransformerConfig after building (what a training loop sets), and `ddp.…` on the DDP config."""
+
+    @property
+    def num_ranks(self) -> int:
+        return max(1, len(self.layers) - 1)
+
+    @property
+    def topology(self) -> Topology:
+        return self.config().topology
+
+    def whole(self) -> Case:
+        """The same in one process."""
+        return replace(self, layers=(sum(self.layers),), tensor=1, data=1, num_microbatches=self.num_microbatches * self.data)
+
+    def config(self) -> TrainConfig:
+        site = {"tensor_parallel": self.tensor, "data_parallel": self.data}
+        return TrainConfig.model_validate(
+            {
+                "model": {
+                    "num_layers": sum(self.layers),
+                    "hidden_size": 32,
+                    "num_attention_heads": 4,
+                    "seq_length": SEQUENCE,
+                    "tie_embeddings": self.tied,
+                    "precision": self.precision,
+                    **dict(self.model),
+                },
+                "layers": list(self.layers),
+                "sites": {"edge": site, "cloud": {**site, "pipeline_ranks": self.num_ranks - 1}},
+                "schedule": {"planner": self.planner},
+                "train": {
+                    "iterations": 100,
+                    "warmup_iterations": 0,
+                    "global_batch_size": 2 * self.num_microbatches * self.data,
+                    "micro_batch_size": 2,
+                    "optimizer": self.optimizer,
+                    "clip_grad": self.clip,
+                    "weight_decay": 0.01,
+                    "lr": 0.1 if self.optimizer == "sgd" else 1e-3,
+                    "min_lr": 0.0,
+                    "calculate_per_token_loss": self.per_token,
+                    **dict(self.train),
+                },
+            }
+        )
+
+
+@dataclass
+class StepResult:
+    """Of one process: loss reports (edge), full gradients and weights by global name (this rank's slices)."""
+
+    reports: list[np.ndarray]
+    gradients: dict[str, np.ndarray]
+    weights: dict[str, np.ndarray]
+    partition: dict[str, tuple[int, int]]
+    grad_norm: float | None
+    inf_norm: float
+    stepped: bool
+    evaluation: list[np.ndarray] = field(default_factory=list)
+
+
+def batches(step: int, microbatches: range) -> Iterator[dict[str, torch.Tensor]]:
+    """Random tokens and an uneven loss mask; microbatch m of a step is the same on every layout."""
+    for microbatch in microbatches:
+        generator = torch.Generator().manual_seed(1000 * step + microbatch)
+        tokens = torch.randint(0, VOCABULARY, (2, SEQUENCE + 1), generator=generator)
+        mask = (torch.rand((2, SEQUENCE), generator=generator) < 0.3 + 0.1 * (microbatch % 5)).float()
+        mask[0, 0] = 1.0
+        yield {
+            "tokens": tokens[:, :-1].contiguous(),
+            "labels": tokens[:, 1:].contiguous(),
+            "loss_mask": mask,
+            "position_ids": torch.arange(SEQUENCE).expand(2, -1).contiguous(),
+        }
+
+
+def open_rank(case: Case, global_rank: int, ports: dict[str, int]) -> tuple[Place, Any]:
+    """Join the world of this rank's site, and the link when there is one."""
+    import patches
+    from ldt_schedules.megatron import world
+    from ldt_schedules.planning.layout import Layout
+    from ldt_schedules.planning.planners import plan
+
+    warnings.simplefilter("ignore")
+    patches.apply_all()
+    topology = case.topology
+    place = topology.place_of_global_rank(global_rank)
+    here = world.Address(host="127.0.0.1", port=ports[str(place.site)])
+    world.open_site(topology, place, here, timeout_s=60, seed=1)
+    if case.num_ranks == 1:
+        return place, None
+    layout = Layout.u(case.num_ranks)
+    run = world.join_link(
+        topology,
+        place,
+        world.Address(host="127.0.0.1", port=ports["link"]),
+        lambda num_microbatches, forward_only: plan(case.planner, layout, num_microbatches, forward_only=forward_only),
+        timeout_s=60,
+    )
+    return place, run
+
+
+def train_rank(cases: list[Case], global_rank: int, ports: dict[str, int]) -> list[list[StepResult]]:
+    """Open the world of the first case (all have the same layout) and run every case in it."""
+    from ldt_schedules.megatron import world
+
+    place, _ = open_rank(cases[0], global_rank, ports)
+    try:
+        return [run_case(case, place) for case in cases]
+    finally:
+        world.close_site()
+
+
+def run_case(case: Case, place: Place) -> list[StepResult]:
+    """Build, then train `case.steps` steps and say what each left."""
+    from ldt_schedules.training.model import build
+
+    trained = build(case.config(), case.topology, place, VOCABULARY)
+    for name, value in case.options:
+        setattr(trained.config, name, value(trained) if callable(value) else value)
+    return [_one_step(case, place, trained, step) for step in range(case.steps)]
+
+
+def _one_step(case: Case, place: Place, trained: Any, step: int) -> StepResult:
+    from megatron.core.optimizer import clip_grads
+
+    trained.model.zero_grad_buffer()
+    trained.optimizer.zero_grad()
+    reports = run_schedule(case, place, trained, step, forward_only=False)
+    gradients, partition = _gradients(trained.model)
+    params = [p for p in trained.model.parameters() if p.requires_grad]
+    inf_norm = clip_grads.get_grad_norm_fp32([p.main_grad for p in params], float("inf"))
+    stepped, grad_norm, _ = trained.optimizer.step()
+    trained.scheduler.step(1)
+    evaluation = []
+    if case.evaluate:
+        with torch.no_grad():
+            evaluation = run_schedule(case, place, trained, 100 + step, forward_only=True)
+    return StepResult(
+        reports=reports,
+        gradients=gradients,
+        weights=_weights(trained.model),
+        partition=partition,
+        grad_norm=grad_norm,
+        inf_norm=inf_norm,
+        stepped=bool(stepped),
+        evaluation=evaluation,
+    )
+
+
+def run_schedule(case: Case, place: Place, trained: Any, step: int, forward_only: bool) -> list[np.ndarray]:
+    """One call of whatever `get_forward_backward_func` gives; the loss reports of this process."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from ldt_schedules.topology import Site
+    from ldt_schedules.training.forward_step import forward_step
+
+    count = case.num_microbatches
+    reads = place.site is Site.EDGE and place.tensor_rank == 0
+    # Replica d of D takes microbatches d, d + D, ...
+    mine = range(place.data_rank, count * case.data, case.data)
+    reports = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=batches(step, mine) if reads else None,
+        model=[trained.model],
+        num_microbatches=count,
+        seq_length=SEQUENCE,
+        micro_batch_size=2,
+        decoder_seq_length=SEQUENCE,
+        forward_only=forward_only,
+    )
+    return [report["lm loss"].numpy() for report in reports]
+
+
+def _gradients(model: torch.nn.Module) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, int]]]:
+    from ldt_schedules.megatron.chunks import global_parameters
+
+    gradients, partition = {}, {}
+    for name, parameter in global_parameters(model):
+        gradients[name] = parameter.main_grad.detach().clone().numpy()
+        if getattr(parameter, "tensor_model_parallel", False):
+            partition[name] = (parameter.partition_dim, parameter.partition_stride)
+    return gradients, partition
+
+
+def _weights(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    from ldt_schedules.megatron.chunks import global_parameters
+
+    return {name: p.detach().float().clone().numpy() for name, p in global_parameters(model)}
