@@ -12,10 +12,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel.layers import (
-    _initialize_affine_weight_cpu,
-    set_tensor_model_parallel_attributes,
-)
+from megatron.core.tensor_parallel.layers import _initialize_affine_weight_cpu
 
 from ldt_schedules.megatron.chunks import global_parameters
 
@@ -65,5 +62,4 @@ def _draw(parameter: torch.nn.Parameter, method: Any, dtype: torch.dtype) -> Non
         rank=parallel_state.get_tensor_model_parallel_rank(),
         world_size=size,
     )
-    set_tensor_model_parallel_attributes(mine, True, dim, stride)
     parameter.data.copy_(mine.data)

@@ -1,0 +1,110 @@
+"""The link with real processes and real gloo groups."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tests.helpers.workers import free_port
+
+
+def exchange(rank: int, size: int, port: int) -> dict[str, object]:
+    """Send to the next rank and to the one before, both at once, on the lanes of the U."""
+    import torch
+
+    from ldt_schedules.comm.link import connect
+    from ldt_schedules.comm.torch_transport import TorchTransport
+    from ldt_schedules.comm.transport import TensorSpec
+    from ldt_schedules.planning.channels import lane
+
+    link = connect(
+        host="127.0.0.1", port=port, listen=rank == size - 1, global_rank=rank, total_processes=size, timeout_s=30
+    )
+    transport = TorchTransport(link, lambda pipeline_rank: pipeline_rank)
+    peers = {"up": (rank + 1) % size, "down": (rank - 1) % size}
+    spec = TensorSpec((1000,), torch.float32)
+    receiving = {
+        name: transport.post_recv(spec, peer=peer, lane=lane(peer, rank), tag=0 if name == "down" else 1)
+        for name, peer in peers.items()
+    }
+    sending = [
+        transport.post_send(torch.full((1000,), float(rank)), peer=peer, lane=lane(rank, peer), tag=0 if name == "up" else 1)
+        for name, peer in peers.items()
+    ]
+    got = {name: float(handle.wait().mean()) for name, handle in receiving.items()}
+    for handle in sending:
+        handle.wait()
+    assert all(handle.is_complete() for handle in sending)
+    total = link.sum_over_sites(torch.tensor([float(rank)])).item()
+    groups = {id(channel.group) for channel in link.channels.values()}
+    link.publish(f"hello/{rank}", {"rank": rank})
+    heard = link.fetch(f"hello/{(rank + 1) % size}", "a greeting")
+    link.close()
+    return {
+        "got": got,
+        "total": total,
+        "groups": len(groups),
+        "heard": heard,
+        "bytes": (transport.traffic.sent_bytes, transport.traffic.received_bytes),
+        "initialized": torch.distributed.is_initialized(),
+    }
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_both_directions_at_once(workers, size):
+    """P = 2 (both neighbours are one rank), an odd and an even ring; upstream joins both lanes at P = 2 (D26)."""
+    port = free_port()
+    for rank, seen in enumerate(workers.run(exchange, [(rank, size, port) for rank in range(size)])):
+        assert seen["got"] == {"up": (rank + 1) % size, "down": (rank - 1) % size}
+        assert seen["total"] == sum(range(size))
+        assert seen["groups"] == 4, "each lane has a group of its own"
+        assert seen["heard"] == {"rank": (rank + 1) % size}
+        assert seen["bytes"] == (8000, 8000)
+        assert not seen["initialized"], "the link made a torch.distributed world"
+
+
+def wait_for_nobody(port: int) -> tuple[str, float]:
+    from ldt_schedules.comm.link import connect
+    from ldt_schedules.errors import LdtError
+
+    start = time.monotonic()
+    try:
+        connect(host="127.0.0.1", port=port, listen=True, global_rank=0, total_processes=2, timeout_s=2)
+    except LdtError as error:
+        return str(error), time.monotonic() - start
+    raise AssertionError("joined a link alone")
+
+
+def test_nobody_there_is_an_error_within_the_deadline(workers):
+    ((message, waited),) = workers.run(wait_for_nobody, [(free_port(),)])
+    assert "could not join the link" in message and "process 0 of 2" in message
+    assert waited < 15
+
+
+def no_message(rank: int, port: int) -> str:
+    import torch
+
+    from ldt_schedules.comm.link import connect
+    from ldt_schedules.comm.torch_transport import TorchTransport
+    from ldt_schedules.comm.transport import TensorSpec
+    from ldt_schedules.errors import LdtError
+    from ldt_schedules.planning.channels import Lane
+
+    link = connect(host="127.0.0.1", port=port, listen=rank == 0, global_rank=rank, total_processes=2, timeout_s=3)
+    if rank == 1:
+        time.sleep(4)
+        return ""
+    transport = TorchTransport(link, lambda pipeline_rank: pipeline_rank)
+    handle = transport.post_recv(TensorSpec((4,), torch.float32), peer=1, lane=Lane.PING, tag=0)
+    try:
+        handle.wait()
+    except LdtError as error:
+        return str(error)
+    raise AssertionError("received what nobody sent")
+
+
+def test_a_receive_ends_at_its_deadline_and_names_the_peer(workers):
+    port = free_port()
+    message, _ = workers.run(no_message, [(rank, port) for rank in range(2)])
+    assert "receiving from pipeline rank 1 on PING failed or took longer than 3 s" in message

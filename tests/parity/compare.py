@@ -1,0 +1,122 @@
+"""Puts the ranks of a split run together and holds them against one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tests.helpers.workers import Workers, free_port
+from tests.parity.case import Case, StepResult, train_rank
+
+EXACT = 0.0
+"""Tolerance where the arithmetic and its order are the same."""
+REORDERED = 5e-6
+"""Relative tolerance of a parameter in float32 where sums are taken in another order."""
+
+_whole_runs: dict[Case, list[StepResult]] = {}
+
+
+@dataclass
+class Step:
+    """One step of a whole model: full tensors by name, and what the processes said."""
+
+    reports: np.ndarray
+    evaluation: np.ndarray
+    gradients: dict[str, np.ndarray]
+    weights: dict[str, np.ndarray]
+    grad_norms: list[float]
+    inf_norms: list[float]
+    stepped: list[bool]
+
+
+def run_split(workers: Workers, cases: list[Case]) -> list[list[Step]]:
+    """Run cases of one layout in one world, each rank a process; results by case and step."""
+    ports = {"edge": free_port(), "cloud": free_port(), "link": free_port()}
+    places = cases[0].topology.places()
+    results = workers.run(train_rank, [(cases, place.global_rank, ports) for place in places], timeout_s=110)
+    return [
+        [_joined(case, [rank[index][step] for rank in results]) for step in range(case.steps)]
+        for index, case in enumerate(cases)
+    ]
+
+
+def run_whole(workers: Workers, cases: list[Case]) -> list[list[Step]]:
+    """The same cases in one process through Megatron's own schedule; each is run once and remembered."""
+    missing = list({case.whole(): None for case in cases if case.whole() not in _whole_runs})
+    if missing:
+        (results,) = workers.run(train_rank, [(missing, 0, {"edge": free_port()})], timeout_s=110)
+        _whole_runs.update(zip(missing, results, strict=True))
+    return [[_joined(case.whole(), [step]) for step in _whole_runs[case.whole()]] for case in cases]
+
+
+def _joined(case: Case, ranks: list[StepResult]) -> Step:
+    places = case.topology.places()
+    gradients: dict[str, np.ndarray] = {}
+    weights: dict[str, np.ndarray] = {}
+    for data in range(case.data):
+        replica = [(place, rank) for place, rank in zip(places, ranks, strict=True) if place.data_rank == data]
+        for kind, whole in (("gradients", gradients), ("weights", weights)):
+            for name, tensor in _gathered(case, [(p.tensor_rank, getattr(r, kind), r.partition) for p, r in replica]):
+                if name in whole:
+                    np.testing.assert_array_equal(tensor, whole[name], f"replicas differ in {kind} of {name}")
+                whole[name] = tensor
+    edges = [rank for place, rank in zip(places, ranks, strict=True) if place.pipeline_rank == 0 and not place.tensor_rank]
+    for place, rank in zip(places, ranks, strict=True):
+        assert place.pipeline_rank == 0 or not rank.reports, "a cloud process reported a loss"
+    return Step(
+        reports=_interleaved([rank.reports for rank in edges]),
+        evaluation=_interleaved([rank.evaluation for rank in edges]),
+        gradients=gradients,
+        weights=weights,
+        grad_norms=[rank.grad_norm for rank in ranks],  # type: ignore[misc]
+        inf_norms=[rank.inf_norm for rank in ranks],
+        stepped=[rank.stepped for rank in ranks],
+    )
+
+
+def _interleaved(replicas: list[list[np.ndarray]]) -> np.ndarray:
+    """Replica d of D holds microbatches d, d + D, …: back into the order of microbatches."""
+    return np.array([report for step in zip(*replicas, strict=True) for report in step])
+
+
+def _gathered(case: Case, ranks: list[tuple[int, dict[str, np.ndarray], dict[str, tuple[int, int]]]]):  # type: ignore[no-untyped-def]
+    names = {name for _, tensors, _ in ranks for name in tensors}
+    for name in sorted(names):
+        slices = {tensor_rank: tensors[name] for tensor_rank, tensors, _ in ranks if name in tensors}
+        partition = next(p for _, tensors, p in ranks if name in tensors)
+        assert sorted(slices) == list(range(case.tensor)), f"{name} is held by tensor ranks {sorted(slices)}"
+        if name not in partition:
+            yield name, slices[0]
+            continue
+        dim, stride = partition[name]
+        parts = [np.split(slices[rank], stride, axis=dim) for rank in range(case.tensor)]
+        yield name, np.concatenate([parts[rank][block] for block in range(stride) for rank in range(case.tensor)], axis=dim)
+
+
+def relative_error(mine: np.ndarray, reference: np.ndarray) -> float:
+    """Largest absolute difference over the largest absolute value of the reference."""
+    assert mine.shape == reference.shape
+    difference = float(np.abs(mine.astype(np.float64) - reference).max())
+    return difference if difference == 0 else difference / max(float(np.abs(reference).max()), 1e-30)
+
+
+def assert_parity(
+    case: Case, split: Step, whole: Step, tolerance: float, named: dict[str, float] | None = None, step: int = 0
+) -> None:
+    """Every loss, gradient and weight within `tolerance` (0: bit-identical); `named` overrides it for a parameter."""
+    assert set(split.gradients) == set(whole.gradients)
+    where = f"{case}, step {step}"
+    for kind in ("reports", "evaluation"):
+        mine, reference = getattr(split, kind), getattr(whole, kind)
+        assert len(mine) == len(reference), where
+        error = relative_error(mine, reference) if len(mine) else 0.0
+        assert error <= tolerance, f"{where}: {kind} differ by {error:.2e}"
+    for kind in ("gradients", "weights"):
+        for name, reference in getattr(whole, kind).items():
+            allowed = (named or {}).get(name, tolerance)
+            error = relative_error(getattr(split, kind)[name], reference)
+            assert error <= allowed, f"{where}: {kind} of {name} differ by {error:.2e}, allowed {allowed:.0e}"
+    np.testing.assert_allclose(split.grad_norms, whole.grad_norms[0], rtol=1e-6, err_msg=where)
+    np.testing.assert_allclose(split.inf_norms, whole.inf_norms[0], rtol=max(tolerance, 1e-6), err_msg=where)
+    assert split.stepped == [True] * len(split.stepped)

@@ -1,0 +1,101 @@
+"""The heart of the project: a split model gives the numbers of one process, bit for bit where no sum is reordered."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from tests.parity.case import Case
+from tests.parity.compare import EXACT, REORDERED, assert_parity, run_split, run_whole
+
+SPLITS = {2: (1, 3, 1), 3: (1, 2, 1, 1), 4: (1, 1, 1, 1, 1), 5: (0, 1, 1, 1, 1, 1)}
+EMBEDDING = "embedding.word_embeddings.weight"
+
+
+def check(workers, cases, tolerance=EXACT, named=None):
+    split, whole = run_split(workers, cases), run_whole(workers, cases)
+    for case, mine, reference in zip(cases, split, whole, strict=True):
+        for step in range(case.steps):
+            assert_parity(case, mine[step], reference[step], tolerance, named, step)
+
+
+@pytest.mark.parametrize("ranks", SPLITS)
+@pytest.mark.parametrize("planner", ["gpipe", "ldt_1f1b"])
+@pytest.mark.parametrize(("optimizer", "per_token"), [("sgd", False), ("adam", True)])
+def test_split_is_bit_identical_to_one_process(workers, ranks, planner, optimizer, per_token):
+    """Losses, evaluation, every gradient and every updated weight, two steps, M from 1 (less than P) to 8."""
+    base = Case(SPLITS[ranks], 1, planner, optimizer=optimizer, per_token=per_token, evaluate=True)
+    check(workers, [replace(base, num_microbatches=m) for m in range(1, 9)])
+
+
+@pytest.mark.parametrize(("optimizer", "per_token"), [("sgd", True), ("adam", False)])
+def test_the_other_loss_normalisation(workers, optimizer, per_token):
+    base = Case(SPLITS[3], 1, optimizer=optimizer, per_token=per_token, evaluate=True)
+    check(workers, [replace(base, num_microbatches=m, planner=p) for m in (1, 2, 5) for p in ("gpipe", "ldt_1f1b")])
+
+
+@pytest.mark.parametrize("ranks", SPLITS)
+def test_tied_embeddings_differ_in_the_shared_weight_alone(workers, ranks):
+    """One step: afterwards the shared weight's rounding reaches everything."""
+    base = Case(SPLITS[ranks], 1, steps=1, tied=True, optimizer="sgd")
+    cases = [replace(base, num_microbatches=m, planner=p) for m in (1, 2, 5, 8) for p in ("gpipe", "ldt_1f1b")]
+    check(workers, cases, named={EMBEDDING: 1e-6})
+
+
+def test_tied_embeddings_in_float64_show_that_it_is_rounding(workers):
+    cases = [Case(SPLITS[3], m, steps=3, tied=True, optimizer="sgd", precision="fp64") for m in (1, 4)]
+    split, whole = run_split(workers, cases), run_whole(workers, cases)
+    for mine, reference in zip(split, whole, strict=True):
+        from tests.parity.compare import relative_error
+
+        for name, gradient in reference[0].gradients.items():
+            assert relative_error(mine[0].gradients[name], gradient) <= 1e-12, name
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_clipped_steps(workers, optimizer):
+    """The norm is that of the whole model, so both sites clip by the same factor."""
+    cases = [Case(SPLITS[3], m, optimizer=optimizer, clip=0.05, steps=3) for m in (1, 4)]
+    split, whole = run_split(workers, cases), run_whole(workers, cases)
+    for case, mine, reference in zip(cases, split, whole, strict=True):
+        for step in range(case.steps):
+            assert reference[step].grad_norms[0] > 1.0, "the test clips nothing"
+            assert_parity(case, mine[step], reference[step], 1e-5, step=step)
+
+
+@pytest.mark.parametrize(("tensor", "data"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize("tied", [False, True])
+def test_equal_tensor_and_data_parallelism_on_both_sites(workers, tensor, data, tied):
+    base = Case(SPLITS[2], 4, tensor=tensor, data=data, tied=tied, optimizer="sgd", evaluate=True)
+    check(workers, [base, replace(base, per_token=True, planner="gpipe")], tolerance=REORDERED)
+
+
+MODELS = {
+    "swiglu, grouped queries, biases": {"activation": "swiglu", "num_query_groups": 2, "linear_bias": True},
+    "layer norm, learned positions": {"normalization": "LayerNorm", "position_embedding": "learned_absolute"},
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_other_models(workers, model):
+    check(workers, [Case(SPLITS[3], m, optimizer="adam", model=tuple(MODELS[model].items())) for m in (1, 4)])
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_recomputed_activations(workers, recompute):
+    check(workers, [Case(SPLITS[3], 4, optimizer="sgd", train=(("recompute", recompute),))])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision(workers, precision):
+    """What crosses is bf16 or fp16, as between two of Megatron's own stages: nothing is rounded twice."""
+    cases = [Case(SPLITS[3], m, optimizer="adam", precision=precision) for m in (1, 4)]
+    check(workers, cases)
+
+
+def test_layer_splits_with_empty_ends(workers):
+    """A head of nothing but the embedding, a tail of nothing but norm and output layer, a cloud of two ranks."""
+    for layers in itertools.product((0, 2), (1, 2), (2,), (0, 1)):
+        check(workers, [Case(layers, 3, optimizer="sgd", steps=1)])

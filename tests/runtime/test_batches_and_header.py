@@ -1,0 +1,72 @@
+"""Batches are read once and seen twice; the header that precedes a step is checked field by field."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ldt_schedules.errors import LdtError
+from ldt_schedules.runtime.batches import SharedBatches
+from ldt_schedules.runtime.step_header import StepHeader
+
+
+def test_the_tail_sees_the_very_objects_the_head_read():
+    read = []
+
+    def source():
+        for number in range(10):
+            read.append(number)
+            yield {"number": number}
+
+    batches = SharedBatches(source())
+    seen = {m: next(batches.for_head(m, keep=True)) for m in (0, 1, 2)}
+    assert read == [0, 1, 2]
+    for m in (1, 0, 2):
+        assert next(batches.for_tail(m)) is seen[m]
+    assert read == [0, 1, 2]
+    batches.assert_empty()
+
+
+def test_several_draws_for_one_microbatch():
+    batches = SharedBatches(iter(range(100)))
+    head = batches.for_head(0, keep=True)
+    assert [next(head), next(head)] == [0, 1]
+    assert next(batches.for_head(1, keep=True)) == 2
+    tail = batches.for_tail(0)
+    assert [next(tail), next(tail)] == [0, 1]
+    with pytest.raises(LdtError, match="read more batches than the head's for microbatch 0 \\(2\\)"):
+        next(tail)
+    with pytest.raises(AssertionError, match=r"\[1\]"):
+        batches.assert_empty()
+
+
+def test_a_rank_without_data_passes_none():
+    batches = SharedBatches(None)
+    assert batches.for_head(0, keep=True) is None and batches.for_tail(0) is None
+    batches.assert_empty()
+
+
+HEADER = StepHeader(step=3, forward_only=False, table_hash="abc", shapes=((16, 2, 32),) * 2, dtype="bfloat16")
+
+
+def test_a_header_survives_the_wire():
+    assert StepHeader.from_message(HEADER.to_message()) == HEADER
+    assert HEADER.spec(1).shape == (16, 2, 32) and HEADER.spec(1).dtype is torch.bfloat16
+    assert HEADER.spec(1).num_bytes == 16 * 2 * 32 * 2
+    HEADER.require_agreement(HEADER)
+
+
+def test_every_difference_is_named_with_both_values():
+    other = replace(HEADER, step=4, table_hash="def")
+    with pytest.raises(LdtError) as caught:
+        HEADER.require_agreement(other)
+    assert "step: edge 3, here 4" in str(caught.value)
+    assert "table_hash: edge 'abc', here 'def'" in str(caught.value)
+    assert "shapes" not in str(caught.value)
+
+
+def test_a_header_holds_no_data():
+    """What is disclosed is this list and nothing else; extend the documentation before extending the list."""
+    assert set(HEADER.to_message()) == {"step", "forward_only", "table_hash", "shapes", "dtype"}
