@@ -8,7 +8,7 @@ all at once, in one order: groups made lazily, by whoever needs them first, dead
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -48,7 +48,6 @@ class Link:
     channels: dict[Lane, Channel]
     scalars: Any
     timeout_s: float
-    _held: list[Any] = field(default_factory=list)
 
     def sum_over_sites(self, contribution: torch.Tensor) -> torch.Tensor:
         """Sum of `contribution` (float64, on the CPU, any shape) over every process of both sites.
@@ -78,11 +77,9 @@ class Link:
         """Remove a message that everybody has read."""
         self.store.delete_key(key)
 
-    def close(self) -> None:
-        """Leave the link once everybody is ready to."""
+    def wait_for_all(self) -> None:
+        """Return when every process of both sites has called this."""
         self.sum_over_sites(torch.zeros(1))
-        self.channels.clear()
-        self.scalars = None
 
 
 def connect(

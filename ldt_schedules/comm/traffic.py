@@ -20,3 +20,10 @@ class Traffic:
     @property
     def received_bytes(self) -> int:
         return self.received.total()
+
+    def take(self) -> tuple[int, int]:
+        """`(sent, received)` bytes since the last call; counting starts again at 0."""
+        both = self.sent_bytes, self.received_bytes
+        self.sent.clear()
+        self.received.clear()
+        return both

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from ldt_schedules.comm.traffic import Traffic
 from ldt_schedules.planning.channels import Lane
 
 
@@ -46,6 +47,8 @@ class RecvHandle(Protocol):
 
 class Transport(Protocol):
     """Point-to-point transfers between pipeline ranks, peers always named."""
+
+    traffic: Traffic
 
     def post_send(self, tensor: torch.Tensor, *, peer: int, lane: Lane, tag: int) -> SendHandle:
         """Start sending `tensor` to pipeline rank `peer`."""

@@ -68,11 +68,17 @@ def join_link(
     return run
 
 
-def close_site() -> None:
-    """Leave the link and the site's world; the process may open others afterwards."""
+def close_site(abandon: bool = False) -> None:
+    """Leave the link and the site's world; the process may open others afterwards.
+
+    Args:
+        abandon: do not wait for the others, something went wrong. Without it a process leaves when all are done, so
+            that none takes a connection away under another's last message.
+    """
     run = session.current()
     if run is not None:
-        run.link.close()
+        if not abandon:
+            run.link.wait_for_all()
         session.uninstall()
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()

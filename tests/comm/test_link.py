@@ -40,7 +40,7 @@ def exchange(rank: int, size: int, port: int) -> dict[str, object]:
     groups = {id(channel.group) for channel in link.channels.values()}
     link.publish(f"hello/{rank}", {"rank": rank})
     heard = link.fetch(f"hello/{(rank + 1) % size}", "a greeting")
-    link.close()
+    link.wait_for_all()
     return {
         "got": got,
         "total": total,

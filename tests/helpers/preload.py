@@ -10,3 +10,7 @@ with warnings.catch_warnings():
     import megatron.core.optimizer
     import megatron.core.pipeline_parallel
     import torch  # noqa: F401
+    from megatron.core.transformer.moe import moe_utils
+
+# megatron-core 0.16.1 reads this name even where transformer-engine, which defines it, is not installed.
+vars(moe_utils).setdefault("te_general_gemm", None)

@@ -12,7 +12,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -62,24 +62,33 @@ class Workers:
         used = self._running[: len(arguments)]
         for (_, pipe), argument in zip(used, arguments, strict=True):
             pipe.send((function, argument))
-        deadline = time.monotonic() + timeout_s
-        answers, failures = [], []
-        for rank, (process, pipe) in enumerate(used):
-            if not pipe.poll(max(0.1, deadline - time.monotonic())):
-                state = "is still running" if process.is_alive() else f"died with code {process.exitcode}"
-                failures.append(f"rank {rank} {state} after {timeout_s} s")
-                continue
-            try:
-                fine, answer = pipe.recv()
-            except EOFError:
-                fine, answer = False, "its process died"
-            answers.append(answer)
-            if not fine:
-                failures.append(f"rank {rank}:\n{answer}")
+        answers, failures = self._collect(used, timeout_s)
         if failures:
             self.stop()
             raise WorkerFailure("\n".join(failures))
-        return answers
+        return [answers[rank] for rank in range(len(used))]
+
+    @staticmethod
+    def _collect(used: list[tuple[Any, Connection]], timeout_s: float) -> tuple[dict[int, Any], list[str]]:
+        """Answers by rank, and failures, the first that happened first; after one the others get few seconds more."""
+        rank_of = {id(pipe): rank for rank, (_, pipe) in enumerate(used)}
+        waiting = [pipe for _, pipe in used]
+        answers: dict[int, Any] = {}
+        failures: list[str] = []
+        deadline = time.monotonic() + timeout_s
+        while waiting and time.monotonic() < deadline:
+            for pipe in wait(waiting, timeout=max(0.1, deadline - time.monotonic())):
+                waiting.remove(pipe)  # type: ignore[arg-type]
+                try:
+                    fine, answer = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    fine, answer = False, "its process died"
+                answers[rank_of[id(pipe)]] = answer
+                if not fine:
+                    failures.append(f"rank {rank_of[id(pipe)]}:\n{answer}")
+                    deadline = min(deadline, time.monotonic() + 5)
+        failures += [f"rank {rank_of[id(pipe)]} did not answer" for pipe in waiting]
+        return answers, failures
 
     def _start(self) -> None:
         ours, theirs = CONTEXT.Pipe()

@@ -7,7 +7,7 @@ one pipeline rank is a plain Megatron run of the whole model through Megatron's 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,8 +39,14 @@ class Case:
     evaluate: bool = False
     model: tuple[tuple[str, Any], ...] = ()
     train: tuple[tuple[str, Any], ...] = ()
-    options: tuple[tuple[str, Any], ...] = field(default=())
-    """Set on the TransformerConfig after building (what a training loop sets), and `ddp.…` on the DDP config."""
+    megatron: tuple[tuple[str, Any], ...] = ()
+    ddp: tuple[tuple[str, Any], ...] = ()
+    everywhere: tuple[tuple[str, Any], ...] = ()
+    split_only: tuple[tuple[str, Any], ...] = ()
+    inf_at: tuple[int, int] | None = None
+    forward_step: Callable[..., Any] | None = None
+    """`everywhere` and `split_only` are set on the TransformerConfig once the model is built, as a training loop does;
+    a function is called with the `Trained` object for the value. `inf_at` plants an inf: (step, pipeline rank)."""
 
     @property
     def num_ranks(self) -> int:
@@ -52,7 +58,15 @@ class Case:
 
     def whole(self) -> Case:
         """The same in one process."""
-        return replace(self, layers=(sum(self.layers),), tensor=1, data=1, num_microbatches=self.num_microbatches * self.data)
+        return replace(
+            self,
+            layers=(sum(self.layers),),
+            tensor=1,
+            data=1,
+            num_microbatches=self.num_microbatches * self.data,
+            planner="ldt_1f1b",
+            split_only=(),
+        )
 
     def config(self) -> TrainConfig:
         site = {"tensor_parallel": self.tensor, "data_parallel": self.data}
@@ -65,6 +79,7 @@ class Case:
                     "seq_length": SEQUENCE,
                     "tie_embeddings": self.tied,
                     "precision": self.precision,
+                    "megatron": dict(self.megatron),
                     **dict(self.model),
                 },
                 "layers": list(self.layers),
@@ -98,6 +113,7 @@ class StepResult:
     grad_norm: float | None
     inf_norm: float
     stepped: bool
+    loss_scale: float
     evaluation: list[np.ndarray] = field(default_factory=list)
 
 
@@ -147,18 +163,20 @@ def train_rank(cases: list[Case], global_rank: int, ports: dict[str, int]) -> li
     from ldt_schedules.megatron import world
 
     place, _ = open_rank(cases[0], global_rank, ports)
-    try:
-        return [run_case(case, place) for case in cases]
-    finally:
-        world.close_site()
+    results = [run_case(case, place) for case in cases]
+    world.close_site()
+    return results
 
 
 def run_case(case: Case, place: Place) -> list[StepResult]:
     """Build, then train `case.steps` steps and say what each left."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+
     from ldt_schedules.training.model import build
 
-    trained = build(case.config(), case.topology, place, VOCABULARY)
-    for name, value in case.options:
+    ddp = DistributedDataParallelConfig(**{"grad_reduce_in_fp32": case.precision != "fp64", **dict(case.ddp)})
+    trained = build(case.config(), case.topology, place, VOCABULARY, ddp)
+    for name, value in case.everywhere + case.split_only:
         setattr(trained.config, name, value(trained) if callable(value) else value)
     return [_one_step(case, place, trained, step) for step in range(case.steps)]
 
@@ -172,8 +190,15 @@ def _one_step(case: Case, place: Place, trained: Any, step: int) -> StepResult:
     gradients, partition = _gradients(trained.model)
     params = [p for p in trained.model.parameters() if p.requires_grad]
     inf_norm = clip_grads.get_grad_norm_fp32([p.main_grad for p in params], float("inf"))
+    if dict(case.ddp).get("use_distributed_optimizer"):
+        # A replica's buffer holds the reduced gradients of its own shard only: what came of them is compared.
+        gradients, inf_norm = {}, 0.0
+    if case.inf_at == (step, place.pipeline_rank):
+        params[-1].main_grad.view(-1)[3] = float("inf")
     stepped, grad_norm, _ = trained.optimizer.step()
     trained.scheduler.step(1)
+    if dict(case.ddp).get("overlap_param_gather"):
+        trained.model.start_param_sync(force_sync=True)
     evaluation = []
     if case.evaluate:
         with torch.no_grad():
@@ -186,6 +211,7 @@ def _one_step(case: Case, place: Place, trained: Any, step: int) -> StepResult:
         grad_norm=grad_norm,
         inf_norm=inf_norm,
         stepped=bool(stepped),
+        loss_scale=float(trained.optimizer.get_loss_scale()),
         evaluation=evaluation,
     )
 
@@ -202,7 +228,7 @@ def run_schedule(case: Case, place: Place, trained: Any, step: int, forward_only
     # Replica d of D takes microbatches d, d + D, ...
     mine = range(place.data_rank, count * case.data, case.data)
     reports = get_forward_backward_func()(
-        forward_step_func=forward_step,
+        forward_step_func=case.forward_step or forward_step,
         data_iterator=batches(step, mine) if reads else None,
         model=[trained.model],
         num_microbatches=count,

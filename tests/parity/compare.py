@@ -28,6 +28,7 @@ class Step:
     grad_norms: list[float]
     inf_norms: list[float]
     stepped: list[bool]
+    loss_scales: list[float]
 
 
 def run_split(workers: Workers, cases: list[Case]) -> list[list[Step]]:
@@ -72,6 +73,7 @@ def _joined(case: Case, ranks: list[StepResult]) -> Step:
         grad_norms=[rank.grad_norm for rank in ranks],  # type: ignore[misc]
         inf_norms=[rank.inf_norm for rank in ranks],
         stepped=[rank.stepped for rank in ranks],
+        loss_scales=[rank.loss_scale for rank in ranks],
     )
 
 

@@ -1,0 +1,1 @@
+"""The small trainer on megatron-core: configuration, data, screens, launcher, loop."""

@@ -1,0 +1,214 @@
+"""The config of a training run: one frozen object, read from one YAML file that both sites share.
+
+    config = load_config("configs/quickstart.yaml", ["train.iterations=5"])
+    config.layer_split          # (1, 3, 3, 1)
+    config.num_microbatches     # 8, a step and replica
+
+Everything that can be wrong with a config is told at once, here, before any process starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import cached_property, reduce
+from operator import getitem
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, SkipValidation, ValidationError, model_validator
+
+from ldt_schedules.errors import ConfigError
+from ldt_schedules.planning.errors import ScheduleError
+from ldt_schedules.planning.layers import parse_layers, read_layers
+from ldt_schedules.topology import Site, SiteSize, Topology
+from ldt_schedules.training.config_file import apply_overrides, explain, keys_of, read_yaml
+from ldt_schedules.training.sections import (
+    DataSection,
+    EdgeSection,
+    LinkSection,
+    ModelSection,
+    ScheduleSection,
+    Section,
+    SitesSection,
+    TrainSection,
+)
+
+SITE_LOCAL_KEYS = (
+    "data.path",
+    "data.tokenizer",
+    "data.validation_fraction",
+    "schedule.table",
+    "train.log_interval",
+    "train.output_dir",
+    "train.threads",
+    "train.recompute",
+    "link.address",
+    "link.timeout_s",
+)
+"""Keys that may differ between the sites: they name local files, or change nothing that crosses the link. (The plan
+itself is compared by its hash, so two table files may have different names but not different contents.)"""
+
+
+class TrainConfig(Section):
+    """A training run.
+
+    Raises:
+        ValidationError: pydantic's; `load_config` turns it into a ConfigError for people.
+    """
+
+    model: ModelSection = ModelSection()  # type: ignore[call-arg]
+    layers: Annotated[Any, SkipValidation] = Field(
+        None, description="layers of head, cloud 1.., tail: [1, 3, 3, 1] or Et|t*3|t*3|tL; null splits evenly"
+    )
+    sites: SitesSection = SitesSection()
+    schedule: ScheduleSection = ScheduleSection()  # type: ignore[call-arg]
+    data: DataSection = DataSection()  # type: ignore[call-arg]
+    train: TrainSection = TrainSection()  # type: ignore[call-arg]
+    link: LinkSection = LinkSection()  # type: ignore[call-arg]
+
+    @property
+    def num_pipeline_ranks(self) -> int:
+        """P: the edge and the cloud's pipeline ranks."""
+        return 1 + self.sites.cloud.pipeline_ranks
+
+    @cached_property
+    def layer_split(self) -> tuple[int, ...]:
+        """Layers of each stage: head, cloud 1, ..., tail; one number when the edge is alone."""
+        return parse_layers(self.layers, self.model.num_layers, self.num_pipeline_ranks)
+
+    @property
+    def data_parallel(self) -> int:
+        return self.sites.edge.data_parallel
+
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches of a step on one replica."""
+        return self.train.global_batch_size // (self.train.micro_batch_size * self.data_parallel)
+
+    @cached_property
+    def topology(self) -> Topology:
+        """Both sites as the runtime knows them."""
+        edge, cloud = (SiteSize(tensor=s.tensor_parallel, data=s.data_parallel) for s in self._both_sites())
+        return Topology(self.num_pipeline_ranks, edge=edge, cloud=cloud)
+
+    def site_processes(self, site: Site) -> int:
+        """Processes of one site; 0 for the cloud of an edge that is alone."""
+        return self.topology.world_size(site)
+
+    def _both_sites(self) -> tuple[EdgeSection, EdgeSection]:
+        return self.sites.edge, self.sites.cloud
+
+    @model_validator(mode="after")
+    def _check_across_keys(self) -> TrainConfig:
+        problems = [*self._site_problems(), *self._model_problems(), *self._batch_problems()]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _site_problems(self) -> Iterator[str]:
+        edge, cloud = self._both_sites()
+        for name in ("tensor_parallel", "data_parallel"):
+            mine, theirs = getattr(edge, name), getattr(cloud, name)
+            if self.sites.cloud.pipeline_ranks and mine != theirs:
+                yield (
+                    f"sites.edge.{name} is {mine} and sites.cloud.{name} is {theirs}: "
+                    "different sizes on the two sites are not supported yet; give both the same"
+                )
+        yield from self._layer_problems()
+
+    def _layer_problems(self) -> Iterator[str]:
+        ranks = self.sites.cloud.pipeline_ranks
+        try:
+            given = None if self.layers is None else read_layers(self.layers)
+            if given is not None and len(given) - 2 != ranks and ranks and len(given) > 2:
+                yield (
+                    f"sites.cloud.pipeline_ranks is {ranks}, but layers {list(given)} have {len(given) - 2} cloud stages "
+                    f"(head, cloud stages, tail): set sites.cloud.pipeline_ranks={len(given) - 2} or write {ranks + 2} counts"
+                )
+                return
+            self.layer_split  # noqa: B018 - computed for its errors
+        except ScheduleError as error:
+            yield f"{error} (keys: layers, model.num_layers, sites.cloud.pipeline_ranks)"
+
+    def _model_problems(self) -> Iterator[str]:
+        model, tensor = self.model, self.sites.edge.tensor_parallel
+        heads, groups = model.num_attention_heads, model.num_query_groups
+        yield from _must_divide("model.hidden_size", model.hidden_size, "model.num_attention_heads", heads)
+        yield from _must_divide("model.num_attention_heads", heads, "model.num_query_groups", groups)
+        for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+            yield from _must_divide(f"model.{name}", getattr(model, name), "sites.edge.tensor_parallel", tensor)
+        if model.position_embedding == "rope" and model.hidden_size % heads == 0 and model.hidden_size // heads % 2:
+            yield (
+                f"model.position_embedding rope needs an even head width, but model.hidden_size {model.hidden_size} / "
+                f"model.num_attention_heads {heads} = {model.hidden_size // heads}; change one of the two"
+            )
+
+    def _batch_problems(self) -> Iterator[str]:
+        train = self.train
+        per_step = train.micro_batch_size * self.data_parallel
+        factors = f"train.micro_batch_size {train.micro_batch_size} x data_parallel {self.data_parallel} ="
+        yield from _must_divide("train.global_batch_size", train.global_batch_size, factors, per_step)
+        if train.min_lr > train.lr:
+            yield f"train.min_lr {train.min_lr:g} is above train.lr {train.lr:g}; lower it or raise train.lr"
+        if train.eval_interval and not self.data.validation_fraction:
+            yield (
+                f"train.eval_interval {train.eval_interval} evaluates, but data.validation_fraction 0 keeps nothing to "
+                "evaluate on; raise it or set train.eval_interval=0"
+            )
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
+    """Read, override, check.
+
+    Args:
+        path: a YAML file. Relative paths inside it are relative to the current directory.
+        overrides: `section.key=value`, the value read as YAML; later ones win.
+
+    Raises:
+        ConfigError: with one line for every mistake: key, what was given, what is allowed.
+    """
+    content = apply_overrides(read_yaml(path), overrides)
+    try:
+        return TrainConfig.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(f"config {path}:\n" + _indented(explain(error, TrainConfig))) from None
+
+
+def shared_fingerprint(config: TrainConfig) -> dict[str, Any]:
+    """Dotted key -> value (JSON types) of everything that must be equal on both sites.
+
+    The layer split is in it as numbers, so that two ways to write one split agree.
+    """
+    content = config.model_dump(mode="json", exclude={"layers"})
+    content["layers"] = list(config.layer_split)
+    shared = sorted(set(keys_of(TrainConfig)) - set(SITE_LOCAL_KEYS))
+    return {key: reduce(getitem, key.split("."), content) for key in shared}
+
+
+def differing_keys(mine: dict[str, Any], theirs: dict[str, Any], my_site: Site | str = Site.EDGE) -> list[str]:
+    """One line for each key of two fingerprints that differs, the edge's value first.
+
+    >>> differing_keys({"train.lr": 0.001}, {"train.lr": 0.002})
+    ['train.lr: edge 0.001, cloud 0.002']
+    """
+    edge, cloud = (mine, theirs) if str(my_site) == "edge" else (theirs, mine)
+    return [
+        f"{key}: edge {_shown(edge, key)}, cloud {_shown(cloud, key)}"
+        for key in sorted({*edge, *cloud})
+        if key not in edge or key not in cloud or edge[key] != cloud[key]
+    ]
+
+
+def _shown(fingerprint: dict[str, Any], key: str) -> str:
+    return str(fingerprint[key]) if key in fingerprint else "(key unknown)"
+
+
+def _must_divide(name: str, value: int, divisor_name: str, divisor: int) -> Iterator[str]:
+    if value % divisor:
+        below = value // divisor * divisor
+        allowed = f"{below} or {below + divisor}" if below else f"{divisor}"
+        yield f"{name} {value} is not a multiple of {divisor_name} {divisor}; change one of them ({allowed} would do)"
+
+
+def _indented(text: str) -> str:
+    return "\n".join("  " + line for line in text.splitlines())

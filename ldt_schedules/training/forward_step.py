@@ -1,0 +1,52 @@
+"""The forward step and loss, written as any Megatron user writes them: ask which stage this is, read, call, reduce."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import broadcast_data
+
+_INTEGERS = ("tokens", "labels", "position_ids")
+_FLOATS = ("loss_mask",)
+
+LossReport = dict[str, torch.Tensor]
+
+
+def forward_step(data_iterator: Iterator[dict[str, torch.Tensor]] | None, model: torch.nn.Module) -> tuple[Any, Any]:
+    """Run a stage on the next microbatch.
+
+    Returns:
+        the stage's output (`[s, b, h]`; at the tail the loss of each token, `[b, s]`) and the loss function.
+    """
+    if not (parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()):
+        return model(None, None, None), None
+    batch = _batch_on_this_rank(data_iterator)
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return output, partial(loss_of_tokens, batch["loss_mask"])
+
+
+def loss_of_tokens(loss_mask: torch.Tensor, token_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, LossReport]:
+    """Sum of the losses of the tokens that count, how many they are, and both for the log.
+
+    Args:
+        loss_mask: `[b, s]`, 1 where a token counts.
+        token_losses: `[b, s]`, in nats.
+    """
+    mask = loss_mask.view(-1)
+    total = torch.sum(token_losses.float().view(-1) * mask)
+    num_tokens = mask.sum().to(torch.int)
+    return total, num_tokens, {"lm loss": torch.stack([total.detach().double(), num_tokens.double()])}
+
+
+def _batch_on_this_rank(data_iterator: Iterator[dict[str, torch.Tensor]] | None) -> dict[str, torch.Tensor]:
+    """The tensor-parallel group's first rank reads, the others get its batch."""
+    data = None if data_iterator is None else next(data_iterator)
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        assert data is not None
+        return data
+    integers = broadcast_data(list(_INTEGERS), data, torch.int64)
+    return {**integers, **broadcast_data(list(_FLOATS), data, torch.float32)}

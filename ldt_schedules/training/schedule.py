@@ -1,0 +1,58 @@
+"""Which table a run executes: a planner's, or the user's own file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ldt_schedules.errors import ConfigError
+from ldt_schedules.megatron.session import TableSource
+from ldt_schedules.planning.errors import ScheduleError
+from ldt_schedules.planning.formats import read_table
+from ldt_schedules.planning.layout import Layout
+from ldt_schedules.planning.planners import plan
+from ldt_schedules.planning.table import ScheduleTable
+from ldt_schedules.planning.validator import check
+from ldt_schedules.runtime.executor import check_executable
+from ldt_schedules.training.config import TrainConfig
+
+
+def table_source(config: TrainConfig) -> TableSource:
+    """`(num_microbatches, forward_only) -> table` for the whole run; call it before anything expensive.
+
+    Raises:
+        ConfigError: the table file cannot be read, is not valid, or is for another run than this one.
+    """
+    layout = Layout.u(config.num_pipeline_ranks)
+    planner = config.schedule.planner
+    own = None if config.schedule.table is None else _read(config.schedule.table, layout, config.num_microbatches)
+
+    def table_for(num_microbatches: int, forward_only: bool) -> ScheduleTable:
+        if own is not None and not forward_only and num_microbatches == own.num_microbatches:
+            return own
+        return plan(planner, layout, num_microbatches, forward_only=forward_only)
+
+    return table_for
+
+
+def _read(path: str, layout: Layout, num_microbatches: int) -> ScheduleTable:
+    try:
+        table = read_table(Path(path).read_text(encoding="utf-8"))
+        check(table)
+        check_executable(table)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"schedule.table {path} cannot be read: {error}") from None
+    except ScheduleError as error:
+        raise ConfigError(f"schedule.table {path}: {error}") from None
+    if table.layout != layout:
+        raise ConfigError(
+            f"schedule.table {path} is for {table.layout.num_ranks} pipeline ranks and "
+            f"{len(table.layout.stages)} stages, this run has {layout.num_ranks} and {len(layout.stages)}; "
+            "change the table or sites.cloud.pipeline_ranks"
+        )
+    if table.num_microbatches != num_microbatches or table.forward_only:
+        kind = "evaluates" if table.forward_only else "trains"
+        raise ConfigError(
+            f"schedule.table {path} {kind} {table.num_microbatches} microbatches, a training step of this run has "
+            f"{num_microbatches}; change the table or train.global_batch_size"
+        )
+    return table

@@ -1,0 +1,139 @@
+"""The sections of a training config: every key, its unit, its default and its bounds.
+
+The descriptions are shown to users in error messages, so they say meaning and unit in a few words. What involves two
+keys (a batch size that does not divide, say) is checked in `config.py`, where all sections are at hand.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class Section(BaseModel):
+    """Frozen, and strict: no unknown key, no `"5"` for 5, no `yes` for 1."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelSection(Section):
+    """The GPT that is trained. Its vocabulary comes from the tokenizer."""
+
+    num_layers: int = Field(8, ge=1, description="transformer layers of the whole model")
+    hidden_size: int = Field(128, ge=1, description="width of the residual stream, elements")
+    ffn_hidden_size: int = Field(512, ge=1, description="width inside the MLP, elements; default 4 x hidden_size")
+    num_attention_heads: int = Field(4, ge=1, description="attention heads of a layer")
+    num_query_groups: int = Field(4, ge=1, description="key/value heads of a layer; default num_attention_heads")
+    seq_length: int = Field(128, ge=1, description="tokens of a sample")
+    tie_embeddings: bool = Field(False, description="the output layer uses the embedding's weight")
+    normalization: Literal["LayerNorm", "RMSNorm"] = Field("RMSNorm", description="kind of normalization")
+    activation: Literal["gelu", "swiglu"] = Field("gelu", description="activation of the MLP")
+    position_embedding: Literal["rope", "learned_absolute"] = Field("rope", description="how positions enter")
+    linear_bias: bool = Field(False, description="linear layers have a bias")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="probability of dropping an element")
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = Field("fp32", description="dtype of weights and activations")
+
+    megatron: dict[str, Any] = Field(
+        default_factory=dict, description="further fields of megatron-core's TransformerConfig, by their own names"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _derive_defaults(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        derived = dict(given)
+        if type(given.get("hidden_size")) is int:
+            derived.setdefault("ffn_hidden_size", 4 * given["hidden_size"])
+        if type(given.get("num_attention_heads")) is int:
+            derived.setdefault("num_query_groups", given["num_attention_heads"])
+        return derived
+
+
+class EdgeSection(Section):
+    """The site that holds the data, the first and last layers and the loss: pipeline rank 0."""
+
+    tensor_parallel: int = Field(1, ge=1, description="processes that share each layer")
+    data_parallel: int = Field(1, ge=1, description="replicas of the model")
+
+    @property
+    def processes_per_rank(self) -> int:
+        return self.tensor_parallel * self.data_parallel
+
+
+class CloudSection(EdgeSection):
+    """The site that holds the middle layers: pipeline ranks 1, 2, ..."""
+
+    pipeline_ranks: int = Field(2, ge=0, description="pipeline ranks of the cloud; 0 trains on the edge alone")
+
+
+class SitesSection(Section):
+    """Who takes part. Both sites must be told the same."""
+
+    edge: EdgeSection = EdgeSection()  # type: ignore[call-arg]
+    cloud: CloudSection = CloudSection()  # type: ignore[call-arg]
+
+
+class ScheduleSection(Section):
+    """In which order microbatches run through the stages."""
+
+    planner: Literal["ldt_1f1b", "gpipe"] = Field("ldt_1f1b", description="the planner that makes the table")
+    table: str | None = Field(None, description="file of a ready table, used instead of the planner")
+
+
+class DataSection(Section):
+    """The corpus. Only the edge reads this section's files; it may be anything on the cloud."""
+
+    path: str | None = Field(
+        None, description="text file, or .jsonl with a `text` field a line; null: the sources of Python's own library"
+    )
+    tokenizer: str = Field("bytes", min_length=1, description="`bytes`, or a Hugging Face directory or name")
+    validation_fraction: float = Field(0.05, ge=0.0, lt=1.0, description="share of the corpus kept for evaluation")
+
+
+class TrainSection(Section):
+    """How long, how fast, how often."""
+
+    iterations: int = Field(200, ge=1, description="optimizer steps of the run")
+    global_batch_size: int = Field(32, ge=1, description="samples of a step, over all replicas")
+    micro_batch_size: int = Field(4, ge=1, description="samples of a microbatch, on one replica")
+    seed: int = Field(1234, ge=0, lt=2**31, description="of weights, dropout and the order of samples")
+    lr: float = Field(2e-3, gt=0.0, description="learning rate at its peak")
+    min_lr: float = Field(2e-4, ge=0.0, description="learning rate at the end of the cosine decay")
+    warmup_iterations: int = Field(10, ge=0, description="steps in which the learning rate rises from 0")
+    weight_decay: float = Field(0.01, ge=0.0, description="decoupled weight decay, a step")
+    optimizer: Literal["adam", "sgd"] = Field("adam", description="optimizer")
+    clip_grad: float = Field(1.0, ge=0.0, description="largest L2 norm of the whole gradient; 0 does not clip")
+    calculate_per_token_loss: bool = Field(False, description="divide by the tokens of the step, not microbatch-wise")
+    eval_interval: int = Field(50, ge=0, description="steps between evaluations; 0 never evaluates")
+    eval_iterations: int = Field(2, ge=1, description="global batches of one evaluation")
+    log_interval: int = Field(10, ge=1, description="steps between lines where the output is no terminal")
+    output_dir: str = Field("runs/default", min_length=1, description="directory of logs, metrics, checkpoints")
+    threads: int = Field(1, ge=1, description="torch threads of each process")
+    recompute: Literal["none", "full", "selective"] = Field("none", description="activations computed twice")
+
+
+class LinkSection(Section):
+    """What joins the sites. The cloud listens, so that the edge needs no open port."""
+
+    address: str = Field("127.0.0.1:0", description="HOST:PORT where the cloud listens; port 0: choose one (one machine)")
+    timeout_s: float = Field(300.0, gt=0.0, description="seconds that one site waits for the other")
+    backend: Literal["auto", "gloo", "nccl", "hccl"] = Field("auto", description="transport of activations")
+
+    @field_validator("address")
+    @classmethod
+    def _is_host_and_port(cls, address: str) -> str:
+        host, colon, port = address.rpartition(":")
+        if not colon or not host or not re.fullmatch(r"\d{1,5}", port) or int(port) > 65535:
+            raise ValueError("Value should be HOST:PORT with a port of 0 to 65535, for instance 10.0.0.7:29500")
+        return address
+
+    @property
+    def host(self) -> str:
+        return self.address.rpartition(":")[0].strip("[]")
+
+    @property
+    def port(self) -> int:
+        return int(self.address.rpartition(":")[2])
