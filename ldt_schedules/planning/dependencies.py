@@ -96,6 +96,13 @@ class Dataflow:
         assert value.what is What.INPUT_GRAD, value
         return Value(What.OUTPUT_GRAD, value.other, value.microbatch, value.stage)
 
+    def received_as(self, message: Value) -> Value:
+        """What a message is called once its RECV is done."""
+        if message.what is What.ACTIVATION:
+            return Value(What.INPUT, message.other, message.microbatch, message.stage)
+        assert message.what is What.GRADIENT, message
+        return Value(What.OUTPUT_GRAD, message.stage, message.microbatch, message.other)
+
     def _takes(self, action: Action, m: int) -> list[Value]:
         stage = action.stage
         match action.kind:

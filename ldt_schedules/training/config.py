@@ -119,14 +119,15 @@ class TrainConfig(Section):
     def _layer_problems(self) -> Iterator[str]:
         ranks = self.sites.cloud.pipeline_ranks
         try:
-            given = None if self.layers is None else read_layers(self.layers)
-            if given is not None and len(given) - 2 != ranks and ranks and len(given) > 2:
+            given = () if self.layers is None else read_layers(self.layers)
+            cloud_stages = len(given) - 2
+            if cloud_stages > 0 and ranks not in (0, cloud_stages):
                 yield (
-                    f"sites.cloud.pipeline_ranks is {ranks}, but layers {list(given)} have {len(given) - 2} cloud stages "
-                    f"(head, cloud stages, tail): set sites.cloud.pipeline_ranks={len(given) - 2} or write {ranks + 2} counts"
+                    f"sites.cloud.pipeline_ranks is {ranks}, but layers {list(given)} have {cloud_stages} cloud stages "
+                    f"(head and tail apart): set sites.cloud.pipeline_ranks={cloud_stages} or write {ranks + 2} counts"
                 )
-                return
-            self.layer_split  # noqa: B018 - computed for its errors
+            else:
+                self.layer_split  # noqa: B018 - computed for its errors
         except ScheduleError as error:
             yield f"{error} (keys: layers, model.num_layers, sites.cloud.pipeline_ranks)"
 

@@ -25,7 +25,8 @@ class _Loader(yaml.SafeLoader):
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} appears twice", key.start_mark)
             seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
 _Loader.add_implicit_resolver(
@@ -120,7 +121,7 @@ def _explain_one(finding: dict[str, Any], model: type[BaseModel]) -> str:
     if finding["type"] == "extra_forbidden":
         return _unknown_key(loc, section, model)
     # Pydantic writes "Value error, ..." around what our own validators raise.
-    message = finding["msg"].removeprefix("Value error, ")
+    message: str = finding["msg"].removeprefix("Value error, ")
     if finding["type"] == "invalid_key":
         return f"{key} is not a key: keys are words ({_listed(section.model_fields)})"
     if not loc:

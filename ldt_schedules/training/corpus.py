@@ -49,7 +49,7 @@ def check_readable(file: Path) -> None:
         with file.open("rb") as stream:
             empty = not stream.read(1)
     except FileNotFoundError:
-        raise ConfigError(f"data.path {file} does not exist; give a text or .jsonl file, or null for the default corpus") from None
+        raise ConfigError(f"data.path {file} does not exist; give a text or .jsonl file, or null") from None
     except IsADirectoryError:
         raise ConfigError(f"data.path {file} is a directory; give one text or .jsonl file") from None
     except OSError as error:
@@ -77,7 +77,8 @@ def check_text_file(file: Path, *, max_bytes: int | None = None) -> None:
             try:
                 decoder.decode(block)
             except UnicodeDecodeError as error:
-                raise _not_text(file, line + error.object[: error.start].count(b"\n"), "bytes that are no UTF-8") from None
+                line += error.object[: error.start].count(b"\n")
+                raise _not_text(file, line, "bytes that are no UTF-8") from None
             blank = blank and not block.strip()
             line += block.count(b"\n")
             done += len(block)

@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -181,10 +181,8 @@ def _stop(running: Sequence[_Running]) -> None:
 
 
 def _signal_session(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    try:
+    with suppress(ProcessLookupError):  # it ended a moment ago
         os.killpg(process.pid, number)  # its session, hence whatever it started
-    except ProcessLookupError:
-        pass
 
 
 def _show_cursor() -> None:
@@ -240,9 +238,9 @@ def _signals_ignored() -> Iterator[None]:
 @contextmanager
 def _handlers(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
     # A signal that was ignored from the start stays so: nohup and shell scripts with `&` rely on it.
-    wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    wanted = [number for number in wanted if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, handler) for number in wanted}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heard}
     try:
         yield
     finally:

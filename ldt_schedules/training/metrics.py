@@ -2,6 +2,8 @@
 
     {"event": "step", "iteration": 1, "loss": 5.95, "grad_norm": 2.1, "lr": 0.0002, ...}       fields of StepReport
     {"event": "evaluation", "iteration": 50, "loss": 2.31, "samples": 64}                      fields of EvalReport
+
+A value that is not finite is written as null.
 """
 
 from __future__ import annotations
@@ -64,7 +66,9 @@ class MetricsWriter:
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _write(self, event: str, fields: dict[str, Any]) -> None:

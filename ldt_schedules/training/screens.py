@@ -59,7 +59,7 @@ def _who(run: RunDescription) -> Table:
     for name in ("site", "pipeline rank", "processes", "layers", "parameters", "holds"):
         numeric = name in ("pipeline rank", "processes", "parameters")
         # On a narrow terminal the words of the last column wrap; numbers and names stay whole.
-        table.add_column(name, justify="right" if numeric else "left", min_width=_MIN_WIDTH.get(name))
+        table.add_column(name, justify="right" if numeric else "left", min_width=_MIN_WIDTH[name], overflow="fold")
     for row in run.ranks:
         style = "cyan" if row.site == "edge" else "magenta"
         cells = (str(row.pipeline_rank), str(row.processes), _layers(row), human_count(row.parameters))
@@ -130,7 +130,9 @@ class TrainingScreen:
         console: rich's; by default standard output. With --json give `Console(stderr=True)`.
     """
 
-    def __init__(self, iterations: int, *, log_interval: int = 10, done: int = 0, console: Console | None = None) -> None:
+    def __init__(
+        self, iterations: int, *, log_interval: int = 10, done: int = 0, console: Console | None = None
+    ) -> None:
         self.console = console or Console()
         self._iterations, self._log_interval, self._done = iterations, log_interval, done
         self._step_s: float | None = None
@@ -139,13 +141,19 @@ class TrainingScreen:
 
     def __enter__(self) -> TrainingScreen:
         if self.console.is_terminal:
-            columns = (TextColumn("{task.completed:.0f}/{task.total:.0f}"), BarColumn(_BAR_WIDTH), TextColumn("{task.fields[now]}"))
+            columns = (
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(_BAR_WIDTH),
+                TextColumn("{task.fields[now]}"),
+            )
             self._progress = Progress(*columns, console=self.console)
             self._task = self._progress.add_task("", total=self._iterations, completed=self._done, now="first step…")
             self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._progress is not None:
             self._progress.stop()
 

@@ -118,7 +118,9 @@ class TrainSection(Section):
 class LinkSection(Section):
     """What joins the sites. The cloud listens, so that the edge needs no open port."""
 
-    address: str = Field("127.0.0.1:0", description="HOST:PORT where the cloud listens; port 0: choose one (one machine)")
+    address: str = Field(
+        "127.0.0.1:0", description="HOST:PORT where the cloud listens; port 0: choose one (one machine)"
+    )
     timeout_s: float = Field(300.0, gt=0.0, description="seconds that one site waits for the other")
     backend: Literal["auto", "gloo", "nccl", "hccl"] = Field("auto", description="transport of activations")
 

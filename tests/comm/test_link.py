@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.helpers.workers import free_port
+from ldt_schedules.training.local_run import free_ports
 
 
 def exchange(rank: int, size: int, port: int) -> dict[str, object]:
@@ -54,7 +54,7 @@ def exchange(rank: int, size: int, port: int) -> dict[str, object]:
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_both_directions_at_once(workers, size):
     """P = 2 (both neighbours are one rank), an odd and an even ring; upstream joins both lanes at P = 2 (D26)."""
-    port = free_port()
+    port = free_ports(1)[0]
     for rank, seen in enumerate(workers.run(exchange, [(rank, size, port) for rank in range(size)])):
         assert seen["got"] == {"up": (rank + 1) % size, "down": (rank - 1) % size}
         assert seen["total"] == sum(range(size))
@@ -77,7 +77,7 @@ def wait_for_nobody(port: int) -> tuple[str, float]:
 
 
 def test_nobody_there_is_an_error_within_the_deadline(workers):
-    ((message, waited),) = workers.run(wait_for_nobody, [(free_port(),)])
+    ((message, waited),) = workers.run(wait_for_nobody, [(free_ports(1)[0],)])
     assert "could not join the link" in message and "process 0 of 2" in message
     assert waited < 15
 
@@ -105,6 +105,6 @@ def no_message(rank: int, port: int) -> str:
 
 
 def test_a_receive_ends_at_its_deadline_and_names_the_peer(workers):
-    port = free_port()
+    port = free_ports(1)[0]
     message, _ = workers.run(no_message, [(rank, port) for rank in range(2)])
     assert "receiving from pipeline rank 1 on PING failed or took longer than 3 s" in message

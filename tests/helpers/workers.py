@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from ldt_schedules.training.local_run import free_ports
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.helpers.preload"])
@@ -23,11 +24,9 @@ class WorkerFailure(AssertionError):
     """One or more ranks raised, died or did not answer in time."""
 
 
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def site_ports() -> dict[str, int]:
+    """A port for each site's own rendezvous and one for the link."""
+    return dict(zip(("edge", "cloud", "link"), free_ports(3), strict=True))
 
 
 def _serve(pipe: Connection) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.helpers.workers import WorkerFailure, free_port
+from tests.helpers.workers import WorkerFailure, site_ports
 from tests.parity.case import SEQUENCE, Case, batches, open_rank
 from tests.parity.compare import EXACT, REORDERED, assert_parity, relative_error, run_split, run_whole
 
@@ -185,7 +185,7 @@ def observe(case: Case, global_rank: int, ports: dict[str, int], call: dict[str,
 
 
 def observe_all(workers, case, **call):
-    ports = {"edge": free_port(), "cloud": free_port(), "link": free_port()}
+    ports = site_ports()
     return workers.run(observe, [(case, place.global_rank, ports, call) for place in case.topology.places()])
 
 
@@ -266,7 +266,7 @@ def refusal(case: Case, global_rank: int, ports: dict[str, int], call: dict[str,
 )
 def test_what_a_u_cannot_honour_is_refused_by_name(workers, option, call):
     case = Case(U3, 1, everywhere=((option, True),) if option else ())
-    ports = {"edge": free_port(), "cloud": free_port(), "link": free_port()}
+    ports = site_ports()
     for message in workers.run(refusal, [(case, place.global_rank, ports, call) for place in case.topology.places()]):
         assert (option or "adjust_tensor_shapes_fn") in message
 
@@ -278,7 +278,7 @@ def different_steps(case: Case, global_rank: int, ports: dict[str, int]) -> None
 
 
 def test_sites_that_would_run_different_steps_stop_by_name(workers):
-    ports = {"edge": free_port(), "cloud": free_port(), "link": free_port()}
+    ports = site_ports()
     with pytest.raises(WorkerFailure) as caught:
         workers.run(different_steps, [(Case((1, 1, 1), 1), rank, ports) for rank in range(2)], timeout_s=20)
     assert "the two sites are about to run different steps" in str(caught.value)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tests.helpers.workers import Workers, free_port
+from tests.helpers.workers import Workers, site_ports
 from tests.parity.case import Case, StepResult, train_rank
 
 EXACT = 0.0
@@ -33,7 +33,7 @@ class Step:
 
 def run_split(workers: Workers, cases: list[Case]) -> list[list[Step]]:
     """Run cases of one layout in one world, each rank a process; results by case and step."""
-    ports = {"edge": free_port(), "cloud": free_port(), "link": free_port()}
+    ports = site_ports()
     places = cases[0].topology.places()
     results = workers.run(train_rank, [(cases, place.global_rank, ports) for place in places], timeout_s=110)
     return [
@@ -46,7 +46,7 @@ def run_whole(workers: Workers, cases: list[Case]) -> list[list[Step]]:
     """The same cases in one process through Megatron's own schedule; each is run once and remembered."""
     missing = list({case.whole(): None for case in cases if case.whole() not in _whole_runs})
     if missing:
-        (results,) = workers.run(train_rank, [(missing, 0, {"edge": free_port()})], timeout_s=110)
+        (results,) = workers.run(train_rank, [(missing, 0, site_ports())], timeout_s=110)
         _whole_runs.update(zip(missing, results, strict=True))
     return [[_joined(case.whole(), [step]) for step in _whole_runs[case.whole()]] for case in cases]
 

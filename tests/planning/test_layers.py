@@ -68,7 +68,14 @@ def test_language_agrees_with_megatron() -> None:
 
 @pytest.mark.parametrize(
     ("num_layers", "num_stages", "layers"),
-    [(8, 4, (2, 2, 2, 2)), (9, 4, (2, 3, 2, 2)), (10, 4, (2, 3, 3, 2)), (11, 4, (2, 3, 3, 3)), (1, 3, (0, 1, 0)), (5, 1, (5,))],
+    [
+        (8, 4, (2, 2, 2, 2)),
+        (9, 4, (2, 3, 2, 2)),
+        (10, 4, (2, 3, 3, 2)),
+        (11, 4, (2, 3, 3, 3)),
+        (1, 3, (0, 1, 0)),
+        (5, 1, (5,)),
+    ],
 )
 def test_even_split_favours_the_cloud(num_layers: int, num_stages: int, layers: tuple[int, ...]) -> None:
     assert split_evenly(num_layers, num_stages) == layers

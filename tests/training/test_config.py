@@ -59,7 +59,13 @@ def test_derived_defaults_follow_their_source(tmp_path: Path) -> None:
 
 
 def test_overrides_are_yaml_and_later_ones_win(tmp_path: Path) -> None:
-    overrides = ("train.lr=1e-3", "train.iterations=3", "train.iterations=5", "layers=Et|t*3|t*3|tL", "data.path=a=b.txt")
+    overrides = (
+        "train.lr=1e-3",
+        "train.iterations=3",
+        "train.iterations=5",
+        "layers=Et|t*3|t*3|tL",
+        "data.path=a=b.txt",
+    )
     config = load(tmp_path, "train: {lr: 0.5, min_lr: 0}\ndata:\n", *overrides)
     assert (config.train.lr, config.train.iterations, config.data.path) == (1e-3, 5, "a=b.txt")
     assert config.layer_split == (1, 3, 3, 1)
@@ -73,7 +79,11 @@ def test_edge_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "overrides", "parts"),
     [
-        ("train: {itertions: 5}", (), ["unknown key train.itertions", "did you mean train.iterations?", "global_batch_size"]),
+        (
+            "train: {itertions: 5}",
+            (),
+            ["unknown key train.itertions", "did you mean train.iterations?", "global_batch_size"],
+        ),
         ("iterations: 5", (), ["unknown key iterations", "did you mean train.iterations?"]),
         ("modle: {}", (), ["unknown key modle", "did you mean model?", "allowed at the top: model, layers, sites"]),
         ("train: {}", ("sites.cloud.pipeline_rank=2",), ["did you mean sites.cloud.pipeline_ranks?"]),
@@ -117,7 +127,11 @@ def test_edge_alone(tmp_path: Path) -> None:
             ["model.num_attention_heads 3 is not a multiple of sites.edge.tensor_parallel 2"],
         ),
         ("model: {hidden_size: 12, num_attention_heads: 4}", (), ["rope needs an even head width"]),
-        ("data: {validation_fraction: 0.0}", (), ["train.eval_interval 50", "data.validation_fraction 0", "train.eval_interval=0"]),
+        (
+            "data: {validation_fraction: 0.0}",
+            (),
+            ["train.eval_interval 50", "data.validation_fraction 0", "train.eval_interval=0"],
+        ),
         ("train: {min_lr: 1.0}", (), ["train.min_lr 1 is above train.lr"]),
     ],
 )
@@ -145,14 +159,18 @@ def test_missing_and_binary_files(tmp_path: Path) -> None:
 
 
 def test_fingerprint_leaves_local_keys_out(tmp_path: Path) -> None:
-    edge = load(tmp_path, "layers: [1, 3, 3, 1]", "data.path=secret.txt", "train.output_dir=a", "link.address=0.0.0.0:99")
+    edge = load(
+        tmp_path, "layers: [1, 3, 3, 1]", "data.path=secret.txt", "train.output_dir=a", "link.address=0.0.0.0:99"
+    )
     cloud = load(tmp_path, "layers: Et|t*3|t*3|tL", "train.threads=4", "train.recompute=full")
     assert shared_fingerprint(edge) == shared_fingerprint(cloud)
     assert "secret" not in str(shared_fingerprint(edge))
 
 
 def test_megatron_fields_are_compared_as_one_value(tmp_path: Path) -> None:
-    plain, more = (shared_fingerprint(load(tmp_path, text)) for text in ("train:", "model: {megatron: {qk_layernorm: true}}"))
+    plain, more = (
+        shared_fingerprint(load(tmp_path, text)) for text in ("train:", "model: {megatron: {qk_layernorm: true}}")
+    )
     assert differing_keys(plain, more) == ["model.megatron: edge {}, cloud {'qk_layernorm': True}"]
 
 

@@ -27,7 +27,9 @@ from ldt_schedules.training.data import (
 from ldt_schedules.training.tokenizer import ByteTokenizer, open_tokenizer
 
 
-def config(path: Path | None = None, *, seq: int = 8, micro: int = 2, data_parallel: int = 1, fraction: float = 0.2) -> TrainConfig:
+def config(
+    path: Path | None = None, *, seq: int = 8, micro: int = 2, data_parallel: int = 1, fraction: float = 0.2
+) -> TrainConfig:
     site = {"data_parallel": data_parallel}
     return TrainConfig.model_validate(
         {

