@@ -17,7 +17,9 @@ def register(app: typer.Typer) -> None:
 
 
 def draw(
-    table: Annotated[Optional[Path], typer.Argument(help="File of a table; or give --ranks and --microbatches.")] = None,  # noqa: UP045
+    table: Annotated[
+        Path | None, typer.Argument(help="File of a table; or give --ranks and --microbatches.")
+    ] = None,
     ranks: Annotated[Optional[int], typer.Option(help="Pipeline ranks P, the edge counted.")] = None,  # noqa: UP045
     microbatches: Annotated[Optional[int], typer.Option(help="Microbatches of a step.")] = None,  # noqa: UP045
     schedule: Annotated[str, typer.Option(help="Planner: ldt_1f1b or gpipe.")] = "ldt_1f1b",
@@ -25,7 +27,9 @@ def draw(
     backward: Annotated[float, typer.Option(help="Length of a backward, in forwards of a stage.")] = 2.0,
     forward_only: Annotated[bool, typer.Option("--forward-only", help="Draw the evaluation.")] = False,
     width: Annotated[Optional[int], typer.Option(help="Characters a line; default: the terminal's.")] = None,  # noqa: UP045
-    json_output: Annotated[bool, typer.Option("--json", help="Print the times of all actions as one JSON object.")] = False,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print the times of all actions as one JSON object.")
+    ] = False,
 ) -> None:
     """Draw when each rank computes what.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -83,6 +84,8 @@ def _run_site(path: Path, config: TrainConfig, site: Site, json_output: bool) ->
 
     exit_with_launcher()
     _check_site(path, config, site)
+    # "Apex is not installed" and a dozen more, at each import of megatron-core in each process.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     from ldt_schedules.training.loop import run_site
 
     run_site(config, str(site), json_output)

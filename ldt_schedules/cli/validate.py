@@ -17,7 +17,9 @@ def register(app: typer.Typer) -> None:
 
 def validate(
     table: Annotated[Path, typer.Argument(help="File of the table: JSON (ldt-table/1) or a grid.")],
-    blocking: Annotated[bool, typer.Option("--blocking", help="Demand that it runs even if every SEND and RECV blocks.")] = False,
+    blocking: Annotated[
+        bool, typer.Option("--blocking", help="Demand that it runs even if every SEND and RECV blocks.")
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check a table: every action possible, every value made once and taken once, messages in order, nobody stuck.

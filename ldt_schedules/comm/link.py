@@ -115,7 +115,9 @@ def connect(
         )
         rank, size = global_rank, total_processes
         channels = {
-            lane: Channel(_raw_group(chosen, store, f"{name}/{lane.name}", rank, size, timeout), device.new_stream(), chosen)
+            lane: Channel(
+                _raw_group(chosen, store, f"{name}/{lane.name}", rank, size, timeout), device.new_stream(), chosen
+            )
             for lane in Lane
         }
         scalars = _raw_group("gloo", store, f"{name}/scalars", rank, size, timeout)

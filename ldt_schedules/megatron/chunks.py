@@ -54,7 +54,9 @@ class EdgeChunks(MegatronModule):
         raise AssertionError("EdgeChunks has no forward of its own; run a stage of stage_modules")
 
 
-def build_chunks(config: Any, layers: tuple[int, ...], place: Place, provider: ModelProvider, tied: bool) -> MegatronModule:
+def build_chunks(
+    config: Any, layers: tuple[int, ...], place: Place, provider: ModelProvider, tied: bool
+) -> MegatronModule:
     """The module of this process, not yet wrapped in DistributedDataParallel.
 
     Args:

@@ -129,7 +129,9 @@ def _refuse_unsupported(config: Any, chunks: list[Any], adjust_tensor_shapes_fn:
     if len(chunks) != 1:
         raise ConfigError(f"a site of a U holds one wrapped module, got a list of {len(chunks)} model chunks")
     if adjust_tensor_shapes_fn is not None:
-        raise ConfigError("adjust_tensor_shapes_fn changes shapes on one rank only; a U takes them from the step header")
+        raise ConfigError(
+            "adjust_tensor_shapes_fn changes shapes on one rank only; a U takes them from the step header"
+        )
     for option in ("overlap_moe_expert_parallel_comm", "hybrid_context_parallel", "fine_grained_activation_offloading"):
         if getattr(config, option, False):
             raise ConfigError(f"{option} belongs to Megatron's own schedules and is not supported in a U; turn it off")

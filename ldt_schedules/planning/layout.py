@@ -101,8 +101,7 @@ class Layout:
     @cached_property
     def _consumers(self) -> tuple[tuple[int, ...], ...]:
         return tuple(
-            tuple(consumer.index for consumer in self.stages if stage.index in consumer.inputs)
-            for stage in self.stages
+            tuple(consumer.index for consumer in self.stages if stage.index in consumer.inputs) for stage in self.stages
         )
 
     def inputs(self, stage: int) -> tuple[int, ...]:

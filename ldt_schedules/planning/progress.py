@@ -106,6 +106,8 @@ class _Progress:
 
     def _why(self, rank: int, action: Action) -> str:
         missing = [value for value in self.flow.takes(action) if value not in self.there and not action.kind.is_recv]
-        heads = [f"{queue[0][0]} with rank {queue[0][1]}" for (r, _), queue in self.queues.items() if r == rank and queue]
+        heads = [
+            f"{queue[0][0]} with rank {queue[0][1]}" for (r, _), queue in self.queues.items() if r == rank and queue
+        ]
         waits = ", ".join(map(str, missing)) or "its own message"
         return f"waits for ever for the {waits}" + (f"; first in its lanes: {'; '.join(heads)}" if heads else "")

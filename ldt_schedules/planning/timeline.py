@@ -1,7 +1,7 @@
 """When each compute action started and ended: simulated by `simulator`, or measured by the runtime.
 
-    rank 0   F F F F · B B          bubble    the share of the time a rank does not compute (the dots)
-    rank 1   · F F F F B B B B      makespan  from 0 to the end of the last action
+rank 0   F F F F · B B          bubble    the share of the time a rank does not compute (the dots)
+rank 1   · F F F F B B B B      makespan  from 0 to the end of the last action
 """
 
 from __future__ import annotations

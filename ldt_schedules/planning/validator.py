@@ -115,12 +115,16 @@ class _Validation:
         """Stage, microbatches, rank and peer; what fails here takes no part in the other checks."""
         layout, action = self.table.layout, self._action((rank, index))
         if not 0 <= action.stage < len(layout.stages):
-            self._report("action", (rank, index), f"there is no stage {action.stage}; stages are 0..{len(layout.stages) - 1}")
+            self._report(
+                "action", (rank, index), f"there is no stage {action.stage}; stages are 0..{len(layout.stages) - 1}"
+            )
             return False
         for m in action.microbatches:
             if not 0 <= m < self.table.num_microbatches:
                 self._report(
-                    "action", (rank, index), f"there is no microbatch {m}; they are 0..{self.table.num_microbatches - 1}"
+                    "action",
+                    (rank, index),
+                    f"there is no microbatch {m}; they are 0..{self.table.num_microbatches - 1}",
                 )
                 return False
             if layout.rank_of(action.stage, m) != rank:
@@ -197,7 +201,9 @@ class _Validation:
             else:
                 received[action.peer, place[0]] += [(value, place) for value in self.flow.takes(action)]
         for (sender, receiver), messages in sent.items():
-            for number, ((mine, _), (theirs, place)) in enumerate(zip(messages, received[sender, receiver], strict=False)):
+            for number, ((mine, _), (theirs, place)) in enumerate(
+                zip(messages, received[sender, receiver], strict=False)
+            ):
                 if mine != theirs:
                     self._report(
                         "fifo",

@@ -34,7 +34,8 @@ def timeline_lines(layout: Layout, timeline: Timeline, width: int = 100) -> list
         if start:
             lines.append("")
         lines += [
-            f"{name.ljust(margin)}{row.ljust(length, _IDLE)[start : start + room]}" for name, row in zip(names, rows, strict=True)
+            f"{name.ljust(margin)}{row.ljust(length, _IDLE)[start : start + room]}"
+            for name, row in zip(names, rows, strict=True)
         ]
     idle = ", ".join(f"{name} {timeline.bubble_of(rank):.0%}" for rank, name in enumerate(names))
     lines += ["", f"makespan {timeline.makespan:g}, bubble {timeline.bubble:.1%} ({idle})", _LEGEND]

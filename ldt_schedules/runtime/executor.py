@@ -35,9 +35,7 @@ class StageCompute(Protocol):
             the output for the stages that read it (None for a tail) and what `backward` will need.
         """
 
-    def backward(
-        self, stage: int, microbatch: int, saved: Any, output_grads: list[torch.Tensor]
-    ) -> list[torch.Tensor]:
+    def backward(self, stage: int, microbatch: int, saved: Any, output_grads: list[torch.Tensor]) -> list[torch.Tensor]:
         """Run the stage's backward; one output gradient for each stage that reads its output, none for a tail.
 
         Returns:

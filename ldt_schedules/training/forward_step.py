@@ -29,7 +29,9 @@ def forward_step(data_iterator: Iterator[dict[str, torch.Tensor]] | None, model:
     return output, partial(loss_of_tokens, batch["loss_mask"])
 
 
-def loss_of_tokens(loss_mask: torch.Tensor, token_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, LossReport]:
+def loss_of_tokens(
+    loss_mask: torch.Tensor, token_losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, LossReport]:
     """Sum of the losses of the tokens that count, how many they are, and both for the log.
 
     Args:

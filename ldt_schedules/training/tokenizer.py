@@ -49,7 +49,7 @@ class HuggingFaceTokenizer:
             ) from None
         try:
             self._inner: Any = AutoTokenizer.from_pretrained(name)
-        except Exception as error:  # noqa: BLE001 - transformers raises many kinds for a name that does not load
+        except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(
                 f"data.tokenizer {name!r} is not a directory or name of a Hugging Face tokenizer ({reason}); "

@@ -29,7 +29,9 @@ def exchange(rank: int, size: int, port: int) -> dict[str, object]:
         for name, peer in peers.items()
     }
     sending = [
-        transport.post_send(torch.full((1000,), float(rank)), peer=peer, lane=lane(rank, peer), tag=0 if name == "up" else 1)
+        transport.post_send(
+            torch.full((1000,), float(rank)), peer=peer, lane=lane(rank, peer), tag=0 if name == "up" else 1
+        )
         for name, peer in peers.items()
     ]
     got = {name: float(handle.wait().mean()) for name, handle in receiving.items()}

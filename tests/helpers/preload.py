@@ -8,7 +8,7 @@ with warnings.catch_warnings():
     import megatron.core.models.gpt.gpt_layer_specs
     import megatron.core.models.gpt.gpt_model
     import megatron.core.optimizer
-    import megatron.core.pipeline_parallel
+    import megatron.core.pipeline_parallel  # noqa: F401
     import torch  # noqa: F401
     from megatron.core.transformer.moe import moe_utils
 

@@ -50,7 +50,9 @@ class Workers:
     def __init__(self) -> None:
         self._running: list[tuple[Any, Connection]] = []
 
-    def run(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], timeout_s: float = 90) -> list[Any]:
+    def run(
+        self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], timeout_s: float = 90
+    ) -> list[Any]:
         """Call `function(*arguments[rank])` on rank 0, 1, …, all at once; return what each gave.
 
         Raises:

@@ -118,7 +118,9 @@ def test_moe_auxiliary_loss(workers):
         "moe_token_dispatcher_type": "allgather",
         "moe_router_dtype": "fp64",  # the 0.16.1 router needs transformer-engine for any other
     }
-    cases = [Case(U3, m, megatron=tuple(moe.items()), per_token=per_token) for m in (1, 3) for per_token in (False, True)]
+    cases = [
+        Case(U3, m, megatron=tuple(moe.items()), per_token=per_token) for m in (1, 3) for per_token in (False, True)
+    ]
     check(workers, cases)
     without = replace(cases[0], megatron=(*moe.items(), ("moe_aux_loss_coeff", 0.0)))
     (with_aux,), (no_aux,) = (run_split(workers, [case])[0][:1] for case in (cases[0], without))
@@ -244,12 +246,15 @@ def test_timers_are_started_and_stopped(workers):
 
 def test_predicates_between_actions(workers):
     """The edge holds both ends of the model, a cloud process neither, whatever its own world would say."""
-    assert [rank["predicates"] for rank in observe_all(workers, Case(U3, 1))] == [(True, True), (False, False), (False, False)]
+    assert [rank["predicates"] for rank in observe_all(workers, Case(U3, 1))] == [
+        (True, True),
+        (False, False),
+        (False, False),
+    ]
 
 
 def refusal(case: Case, global_rank: int, ports: dict[str, int], call: dict[str, Any]) -> str:
     from ldt_schedules.errors import ConfigError
-
     from ldt_schedules.megatron import world
 
     try:

@@ -62,7 +62,9 @@ def _joined(case: Case, ranks: list[StepResult]) -> Step:
                 if name in whole:
                     np.testing.assert_array_equal(tensor, whole[name], f"replicas differ in {kind} of {name}")
                 whole[name] = tensor
-    edges = [rank for place, rank in zip(places, ranks, strict=True) if place.pipeline_rank == 0 and not place.tensor_rank]
+    edges = [
+        rank for place, rank in zip(places, ranks, strict=True) if place.pipeline_rank == 0 and not place.tensor_rank
+    ]
     for place, rank in zip(places, ranks, strict=True):
         assert place.pipeline_rank == 0 or not rank.reports, "a cloud process reported a loss"
     return Step(
@@ -93,7 +95,10 @@ def _gathered(case: Case, ranks: list[tuple[int, dict[str, np.ndarray], dict[str
             continue
         dim, stride = partition[name]
         parts = [np.split(slices[rank], stride, axis=dim) for rank in range(case.tensor)]
-        yield name, np.concatenate([parts[rank][block] for block in range(stride) for rank in range(case.tensor)], axis=dim)
+        yield (
+            name,
+            np.concatenate([parts[rank][block] for block in range(stride) for rank in range(case.tensor)], axis=dim),
+        )
 
 
 def relative_error(mine: np.ndarray, reference: np.ndarray) -> float:

@@ -42,7 +42,7 @@ def apply_and_revert() -> dict[str, object]:
 
     by_name = get_forward_backward_func is schedules.get_forward_backward_func
     targets = manager.applied_targets()
-    import ldt_schedules.megatron.forward_backward  # noqa: F401
+    import ldt_schedules.megatron.forward_backward
     import ldt_schedules.megatron.world  # noqa: F401
 
     distributed_during = {name: id(value) for name, value in vars(torch.distributed).items()}

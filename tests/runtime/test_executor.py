@@ -64,7 +64,9 @@ def make_weights(num_stages):
 def run_ranks(table, fail_at="", timeout_s=20.0):
     """One thread a rank; returns stages by rank, errors by rank and the hub."""
     layout, hub = table.layout, LoopbackHub(timeout_s=timeout_s)
-    data = torch.randn(table.num_microbatches, 3, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    data = torch.randn(
+        table.num_microbatches, 3, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     weights = make_weights(len(layout.stages))
     stages = [
         LinearStages({s: weights[s] for s in layout.stages_on(rank)}, data, len(layout.stages) - 1, fail_at=fail_at)
@@ -139,15 +141,15 @@ def test_a_failing_action_is_named_with_rank_and_index():
 def test_a_value_left_over_is_an_error():
     """A table whose backward was cut off: the validator refuses it, and the executor would not pass over it."""
     table = plan("gpipe", Layout.u(2), 1)
-    cut = ScheduleTable(
-        table.layout, 1, tuple(tuple(a for a in row if str(a) != "B s0 m0") for row in table.ranks)
-    )
+    cut = ScheduleTable(table.layout, 1, tuple(tuple(a for a in row if str(a) != "B s0 m0") for row in table.ranks))
     _, errors, *_ = run_ranks(cut, timeout_s=2.0)
     assert isinstance(errors[0], AssertionError)
     assert "left over after the step" in str(errors[0]) and "saved activations of s0 m0" in str(errors[0])
 
 
-@pytest.mark.parametrize(("text", "message"), [("I s1 m0", "write B instead"), ("F s1 m(0,1)", "one microbatch at a time")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("I s1 m0", "write B instead"), ("F s1 m(0,1)", "one microbatch at a time")]
+)
 def test_what_the_runtime_cannot_run_is_refused_before_the_step(text, message):
     table = ScheduleTable.from_rows(Layout.u(2), 2, {1: [Action.parse(text)]})
     with pytest.raises(ScheduleError, match=message):

@@ -25,7 +25,9 @@ def read_table(text: str) -> ScheduleTable:
         return grid.loads(text)
     if not beginning:
         raise ScheduleError("the file is empty; expected a table as JSON ('{…') or as a grid ('Rank 0 …')")
-    raise ScheduleError(f"this is no table: it begins with {beginning[:20]!r}; expected JSON ('{{…') or a grid ('Rank 0 …')")
+    raise ScheduleError(
+        f"this is no table: it begins with {beginning[:20]!r}; expected JSON ('{{…') or a grid ('Rank 0 …')"
+    )
 
 
 def write_table(table: ScheduleTable, format_name: str) -> str:

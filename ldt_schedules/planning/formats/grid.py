@@ -31,7 +31,10 @@ def dumps(table: ScheduleTable) -> str:
     label = len("Step 00: ")
     lines = [" " * label + " ".join(f"Rank {rank}".ljust(width) for rank, width in enumerate(widths))]
     for step in range(max(map(len, columns))):
-        cells = [(column[step] if step < len(column) else "").ljust(width) for column, width in zip(columns, widths, strict=True)]
+        cells = [
+            (column[step] if step < len(column) else "").ljust(width)
+            for column, width in zip(columns, widths, strict=True)
+        ]
         lines.append(f"Step {step:02d}:".ljust(label) + " ".join(cells))
     return "\n".join(line.rstrip() for line in lines) + "\n"
 

@@ -97,7 +97,7 @@ def _stage(entry: object, number: int) -> Stage:
         if any(not isinstance(value, int) or isinstance(value, bool) or value < 0 for value in values):
             raise ScheduleError(f'{where}: "{name}" is {entry.get(name)!r}; expected whole numbers from 0')
     name = entry.get("name", f"stage{number}")
-    return Stage(index=_get(entry, "stage", int), name=str(name), ranks=ranks, inputs=tuple(inputs))  # type: ignore[arg-type]
+    return Stage(index=_get(entry, "stage", int), name=str(name), ranks=ranks, inputs=tuple(inputs))
 
 
 def _row(rank: str, row: object) -> list[Action]:
