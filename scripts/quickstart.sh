@@ -3,5 +3,5 @@
 #   bash scripts/quickstart.sh train.iterations=20
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-prepare ""
+prepare run
 exec .venv/bin/python -m ldt_schedules train configs/quickstart.yaml "$@"

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.helpers.workers import Workers
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite the files in tests/golden")
+
+
+@pytest.fixture
+def update_golden(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--update-golden"))
+
+
 @pytest.fixture(scope="session")
-def workers() -> Iterator[Workers]:
-    """Processes that have torch and Megatron loaded and run module-level functions as ranks."""
-    pool = Workers()
-    yield pool
-    pool.stop()
+def workers() -> Workers:
+    """Runs module-level functions as ranks, in processes that have torch and Megatron loaded."""
+    return Workers()

@@ -17,9 +17,7 @@ def register(app: typer.Typer) -> None:
 
 
 def draw(
-    table: Annotated[
-        Path | None, typer.Argument(help="File of a table; or give --ranks and --microbatches.")
-    ] = None,
+    table: Annotated[Path | None, typer.Argument(help="File of a table; or give --ranks and --microbatches.")] = None,
     ranks: Annotated[Optional[int], typer.Option(help="Pipeline ranks P, the edge counted.")] = None,  # noqa: UP045
     microbatches: Annotated[Optional[int], typer.Option(help="Microbatches of a step.")] = None,  # noqa: UP045
     schedule: Annotated[str, typer.Option(help="Planner: ldt_1f1b or gpipe.")] = "ldt_1f1b",

@@ -66,7 +66,7 @@ def _launch(path: Path, config: TrainConfig, overrides: list[str], json_output: 
     try:
         run_locally(str(path), config, overrides, json_output=json_output)
     except (ChildFailed, Stopped) as error:
-        typer.echo(str(error), err=True)
+        typer.echo(f"ldt: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
 
 
@@ -141,4 +141,19 @@ def _show(config: TrainConfig, json_output: bool) -> None:
         json.dump({**asdict(run), "parameters": run.parameters}, sys.stdout)
         sys.stdout.write("\n")
         return
-    Console().print(first_screen(run))
+    console = Console()
+    console.print(first_screen(run))
+    for line in _timeline(config, console.width):
+        typer.echo(line)
+
+
+def _timeline(config: TrainConfig, width: int) -> list[str]:
+    """The training step, every forward taken as one unit of time and every backward as two."""
+    if config.num_pipeline_ranks == 1:
+        return []
+    from ldt_schedules.planning import simulate
+    from ldt_schedules.rendering.text import timeline_lines
+    from ldt_schedules.training.schedule import table_source
+
+    table = table_source(config)(config.num_microbatches, False)
+    return timeline_lines(table.layout, simulate(table.layout, table.ranks), width)

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from ldt_schedules.planning.planners import PLANNERS
+
 
 class Section(BaseModel):
     """Frozen, and strict: no unknown key, no `"5"` for 5, no `yes` for 1."""
@@ -79,8 +81,15 @@ class SitesSection(Section):
 class ScheduleSection(Section):
     """In which order microbatches run through the stages."""
 
-    planner: Literal["ldt_1f1b", "gpipe"] = Field("ldt_1f1b", description="the planner that makes the table")
+    planner: str = Field("ldt_1f1b", description="the planner that makes the table")
     table: str | None = Field(None, description="file of a ready table, used instead of the planner")
+
+    @field_validator("planner")
+    @classmethod
+    def _is_planner(cls, name: str) -> str:
+        if name not in PLANNERS:
+            raise ValueError(f"Value should be {' or '.join(PLANNERS)}")
+        return name
 
 
 class DataSection(Section):

@@ -1,16 +1,13 @@
-"""What the workers are forked with: the imports that take seconds."""
+"""What the ranks are forked with: the imports that take seconds, and nothing that starts a thread."""
 
 import warnings
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    import megatron.core.distributed
-    import megatron.core.models.gpt.gpt_layer_specs
-    import megatron.core.models.gpt.gpt_model
-    import megatron.core.optimizer
-    import megatron.core.pipeline_parallel  # noqa: F401
-    import torch  # noqa: F401
+    import torch._dynamo  # noqa: F401 - the optimizers load it at their first step
     from megatron.core.transformer.moe import moe_utils
+
+    import patches  # noqa: F401
 
 # megatron-core 0.16.1 reads this name even where transformer-engine, which defines it, is not installed.
 vars(moe_utils).setdefault("te_general_gemm", None)

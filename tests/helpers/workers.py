@@ -1,7 +1,7 @@
-"""A few processes, started once, that run test functions as the ranks of a world.
+"""Runs test functions as the ranks of a world, in real processes.
 
-Importing torch and Megatron takes longer than most tests. So one process imports them, the workers are forked from it,
-and a test sends them a module-level function and one argument tuple for each rank.
+Importing torch and Megatron takes longer than most tests. So one process imports them, once, and the ranks are forked
+from it; a test names a module-level function and one tuple of arguments for each rank.
 """
 
 from __future__ import annotations
@@ -29,26 +29,22 @@ def site_ports() -> dict[str, int]:
     return dict(zip(("edge", "cloud", "link"), free_ports(3), strict=True))
 
 
-def _serve(pipe: Connection) -> None:
+def _answer(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     import torch
 
     torch.set_num_threads(1)
-    while True:
-        try:
-            function, arguments = pipe.recv()
-        except EOFError:
-            return
-        try:
-            pipe.send((True, function(*arguments)))
-        except BaseException:
-            pipe.send((False, traceback.format_exc()))
+    try:
+        pipe.send((True, function(*arguments)))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
 
 
 class Workers:
-    """Grows to the largest world asked for; a failed call replaces all processes."""
+    """Runs functions as the ranks of a world, each call in new processes.
 
-    def __init__(self) -> None:
-        self._running: list[tuple[Any, Connection]] = []
+    New ones, because gloo keeps a few threads for every group that was ever made: a process that has been in dozens of
+    worlds is slower than a fork.
+    """
 
     def run(
         self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], timeout_s: float = 90
@@ -58,16 +54,18 @@ class Workers:
         Raises:
             WorkerFailure: with the traceback of every rank that failed.
         """
-        while len(self._running) < len(arguments):
-            self._start()
-        used = self._running[: len(arguments)]
-        for (_, pipe), argument in zip(used, arguments, strict=True):
-            pipe.send((function, argument))
-        answers, failures = self._collect(used, timeout_s)
+        running = [self._start(function, argument) for argument in arguments]
+        try:
+            answers, failures = self._collect(running, timeout_s)
+        finally:
+            for process, pipe in running:
+                pipe.close()
+                process.kill()
+            for process, _ in running:
+                process.join(timeout=10)
         if failures:
-            self.stop()
             raise WorkerFailure("\n".join(failures))
-        return [answers[rank] for rank in range(len(used))]
+        return [answers[rank] for rank in range(len(running))]
 
     @staticmethod
     def _collect(used: list[tuple[Any, Connection]], timeout_s: float) -> tuple[dict[int, Any], list[str]]:
@@ -91,20 +89,13 @@ class Workers:
         failures += [f"rank {rank_of[id(pipe)]} did not answer" for pipe in waiting]
         return answers, failures
 
-    def _start(self) -> None:
+    @staticmethod
+    def _start(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, Connection]:
         ours, theirs = CONTEXT.Pipe()
-        process = CONTEXT.Process(target=_serve, args=(theirs,), daemon=True)
+        process = CONTEXT.Process(target=_answer, args=(theirs, function, arguments), daemon=True)
         process.start()
         theirs.close()
-        self._running.append((process, ours))
-
-    def stop(self) -> None:
-        for process, pipe in self._running:
-            pipe.close()
-            process.kill()
-        for process, _ in self._running:
-            process.join(timeout=10)
-        self._running.clear()
+        return process, ours
 
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")

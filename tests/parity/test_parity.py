@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import pytest
@@ -96,6 +95,6 @@ def test_half_precision(workers, precision):
 
 
 def test_layer_splits_with_empty_ends(workers):
-    """A head of nothing but the embedding, a tail of nothing but norm and output layer, a cloud of two ranks."""
-    for layers in itertools.product((0, 2), (1, 2), (2,), (0, 1)):
+    """A head of nothing but the embedding, a tail of nothing but norm and output layer, an empty cloud rank."""
+    for layers in ((0, 2, 0), (0, 1, 2, 1), (2, 0, 2, 0)):
         check(workers, [Case(layers, 3, optimizer="sgd", steps=1)])

@@ -35,9 +35,11 @@ def error_of(*arguments: str) -> str:
 
 
 def test_dry_run_shows_the_run_and_starts_nothing() -> None:
-    result = ldt_train("--dry-run", "train.iterations=7")
+    result = ldt_train("--dry-run", "train.iterations=7", "train.global_batch_size=32")
     assert result.exit_code == 0, result.output
-    assert "pipeline rank" in result.output and "7 steps of 32 samples" in result.output
+    assert "pipeline rank" in result.output
+    assert "7 steps of 32 samples" in result.output
+    assert "makespan" in result.output
 
 
 def test_dry_run_as_json() -> None:

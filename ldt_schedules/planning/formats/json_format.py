@@ -55,7 +55,8 @@ def loads(text: str) -> ScheduleTable:
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        cut = "; is the file cut off?" if error.pos >= len(text.rstrip()) - 1 else ""
+        at_end = error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated string")
+        cut = "; is the file cut off?" if at_end else ""
         raise ScheduleError(f"line {error.lineno}, column {error.colno}: {error.msg}{cut}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         given = content.get("format") if isinstance(content, dict) else type(content).__name__
