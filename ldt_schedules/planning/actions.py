@@ -49,9 +49,9 @@ class Kind(str, Enum):
 
 
 _TEXT = re.compile(
-    r"(?P<kind>F|B|I|W|SEND_F|RECV_F|SEND_B|RECV_B) s(?P<stage>\d+)"
-    r" m(?:(?P<one>\d+)|\((?P<many>\d+(?:,\d+)+)\))"
-    r"(?: (?P<arrow>->|<-)(?P<peer>\d+))?"
+    r"(?P<kind>F|B|I|W|SEND_F|RECV_F|SEND_B|RECV_B) s(?P<stage>\d{1,9})"
+    r" m(?:(?P<one>\d{1,9})|\((?P<many>\d{1,9}(?:,\d{1,9})+)\))"
+    r"(?: (?P<arrow>->|<-)(?P<peer>\d{1,9}))?"
 )
 
 

@@ -1,73 +1,124 @@
-"""From an order of computations to a table: puts in every SEND and RECV, each with its peer.
+"""From a compute order to a table: puts in every SEND and RECV.
 
-Where they go. The compute order is played once with default costs; that gives one global order, by the time at which
-actions end. A message exists at the moment its producer ends, so
+A planner says what each rank computes, in which order. What must travel follows from the layout; *when* to post it
+is decided here, from one global order of everything: the compute actions by the time they end in a simulation with
+default costs, each followed at once by the SENDs of what it made and, in the peers' rows, by the matching RECVs.
 
-* the SEND stands right after its producer, and
-* the RECV stands, in the receiver's row, at the same point of the global order: before whatever the receiver starts
-  later.
+    global order    F s0 m0 │ SEND, RECV │ F s0 m1 │ SEND, RECV │ F s1 m0 │ ...
+    row of rank 0   F s0 m0   SEND_F m0    F s0 m1   SEND_F m1
+    row of rank 1             RECV_F m0              RECV_F m1    F s1 m0   ...
 
-Why this cannot deadlock. Take the messages in global order. Of the first one that is not yet transferred, the
-sender has nothing left to do before its SEND but actions that end earlier in the global order, and the same holds
-for the receiver's RECV; all their inputs are earlier messages, which are transferred. So both sides reach it, also when a
-transfer needs both to have posted (rendezvous). Because sender and receiver list their common messages in one
-order, the k-th SEND of a lane is the k-th RECV of it, which is how communicators without tags match them.
+Why no rank waits for ever. Transfers need both sides to have posted, and each rank works off each of its lanes in
+order (the strictest way communicators behave). Suppose a step stands still; look at the earliest entry of the global
+order that is not done.
+  1. A compute action: everything it takes is earlier in the global order, so it is there, and so are the compute
+     actions before it in its row. Posting never blocks. So it can run.
+  2. A message: its SEND and RECV are posted, because all compute actions before them in the rows are earlier and done.
+     Everything ahead of it on its lanes is earlier too (rows are cut out of one order), so it is transferred.
+Either way it was not stuck. The same argument shows that the k-th SEND on a lane meets the k-th RECV.
 
-Prefetch. A transfer can only start when the receive is posted. A RECV that stands behind a long computation would wait
-for it although nothing needs it to. So each RECV is moved up above `prefetch` computations. A rank's receives keep their
-order among themselves, and they pass only its computations and sends (which use other lanes), so the argument holds.
+Hoisting keeps this. A RECV moved above `prefetch` compute actions of its row is only posted earlier; it never passes
+another RECV nor a SEND of its own lane, so the order on every lane is unchanged and both steps still hold. (Only if
+posting did block, `validate(..., blocking=True)`, a hoisted RECV could wait for what its own rank has yet to compute:
+`prefetch=0` gives a table for that.)
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ldt_schedules.planning.actions import Action, Kind
+from ldt_schedules.planning.channels import Lane, lane
 from ldt_schedules.planning.dependencies import Dataflow, What
+from ldt_schedules.planning.errors import ScheduleError
 from ldt_schedules.planning.layout import Layout
 from ldt_schedules.planning.simulator import simulate
 from ldt_schedules.planning.table import ComputeOrder, ScheduleTable
 
+_Rows = list[list[Action]]
+
 
 def lower(
-    layout: Layout, num_microbatches: int, order: ComputeOrder, forward_only: bool = False, prefetch: int = 1
+    layout: Layout,
+    num_microbatches: int,
+    compute_order: ComputeOrder,
+    forward_only: bool = False,
+    prefetch: int = 1,
 ) -> ScheduleTable:
-    """Insert the communication.
+    """The table that runs `compute_order`: equal to it once its SENDs and RECVs are left out.
+
+    Messages are never packed: a packed F sends each microbatch on its own, so the peer may start with the first.
 
     Args:
-        order: F, B, I and W of each rank, as a planner gives them.
-        prefetch: how many computations a receive is posted ahead of the point where its message is due.
+        prefetch: how many compute actions earlier than the global order says a RECV is posted, so that its buffer is
+            ready when the message comes.
 
     Raises:
-        ScheduleError: the order cannot be executed.
+        ScheduleError: the order cannot be run (see `simulate`), or `prefetch` is negative.
     """
+    if prefetch < 0:
+        raise ScheduleError(f"prefetch is a number of compute actions, 0 or more, got {prefetch}")
     flow = Dataflow(layout, forward_only)
-    rows: list[list[Action]] = [[] for _ in range(layout.num_ranks)]
-    for span in simulate(layout, order).spans:
+    rows: _Rows = [[] for _ in range(layout.num_ranks)]
+    for span in simulate(layout, compute_order).spans:
         rows[span.rank].append(span.action)
-        for value in flow.makes(span.action):
-            if value.what not in (What.OUTPUT, What.INPUT_GRAD):
-                continue
-            forward = value.what is What.OUTPUT
-            microbatch = (value.microbatch,)
-            receiver = layout.rank_of(value.other, value.microbatch)
-            send = Action(Kind.SEND_F if forward else Kind.SEND_B, value.stage, microbatch, receiver)
-            recv = Action(Kind.RECV_F if forward else Kind.RECV_B, value.other, microbatch, span.rank)
+        for send, receiver, recv in _messages(flow, span.rank, span.action):
             rows[span.rank].append(send)
             rows[receiver].append(recv)
-    return ScheduleTable.from_rows(layout, num_microbatches, [_prefetched(row, prefetch) for row in rows], forward_only)
+    if prefetch:
+        rows = [_hoist_receives(rank, row, prefetch) for rank, row in enumerate(rows)]
+    return ScheduleTable.from_rows(layout, num_microbatches, rows, forward_only)
 
 
-def _prefetched(row: list[Action], prefetch: int) -> list[Action]:
-    """Move every RECV up above `prefetch` computations; receives stay in order."""
-    moved: list[Action] = []
-    earliest = 0  # no receive is put before the one placed last
-    for action in row:
-        if not action.kind.is_recv:
-            moved.append(action)
+def _messages(flow: Dataflow, rank: int, action: Action) -> list[tuple[Action, int, Action]]:
+    """For each message the action gives rise to: the SEND, the peer's rank, the peer's RECV."""
+    messages = []
+    for value in flow.makes(action):
+        if value.what is What.OUTPUT:
+            send_kind, recv_kind = Kind.SEND_F, Kind.RECV_F
+        elif value.what is What.INPUT_GRAD:
+            send_kind, recv_kind = Kind.SEND_B, Kind.RECV_B
+        else:
             continue
-        position, passed = len(moved), 0
-        while position > earliest and passed < prefetch:
-            position -= 1
-            passed += moved[position].kind.is_compute
-        moved.insert(position, action)
-        earliest = position + 1
-    return moved
+        microbatches = (value.microbatch,)
+        receiver = flow.layout.rank_of(value.other, value.microbatch)
+        send = Action(send_kind, value.stage, microbatches, receiver)
+        messages.append((send, receiver, Action(recv_kind, value.other, microbatches, rank)))
+    return messages
+
+
+@dataclass(slots=True)
+class _Gap:
+    """What stands between two compute actions of a row: first what was there, then what was hoisted to here."""
+
+    stays: list[Action]
+    hoisted: list[Action]
+
+
+def _hoist_receives(rank: int, row: list[Action], prefetch: int) -> list[Action]:
+    """Move each RECV of a row `prefetch` gaps up, as far as its lane allows.
+
+    Gap k stands before the k-th compute action. A RECV goes to the end of its new gap, never above the gap of the
+    previous RECV, nor above a gap with an earlier SEND on its lane (a rank of a U has none: it sends and receives on
+    different lanes).
+    """
+    compute = [action for action in row if action.kind.is_compute]
+    gaps = [_Gap([], []) for _ in range(len(compute) + 1)]
+    last_send: dict[Lane, int] = {}
+    here = last_recv = 0
+    for action in row:
+        if action.kind.is_compute:
+            here += 1
+            continue
+        assert action.peer is not None, action
+        if action.kind.is_send:
+            last_send[lane(rank, action.peer)] = here
+            gaps[here].stays.append(action)
+            continue
+        target = max(here - prefetch, last_recv, last_send.get(lane(action.peer, rank), 0))
+        (gaps[target].hoisted if target < here else gaps[here].stays).append(action)
+        last_recv = target
+    hoisted_row = [*gaps[0].stays, *gaps[0].hoisted]
+    for action, gap in zip(compute, gaps[1:], strict=True):
+        hoisted_row += [action, *gap.stays, *gap.hoisted]
+    return hoisted_row

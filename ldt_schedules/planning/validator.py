@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 from ldt_schedules.planning.actions import Action, Kind
 from ldt_schedules.planning.channels import lane
@@ -20,6 +21,7 @@ from ldt_schedules.planning.table import ScheduleTable
 
 _CONTEXT_ROWS = 3
 _SHOWN_AT_ONCE = 20
+_GAPS_NAMED = 5
 
 Place = tuple[int, int]
 """(pipeline rank, index in its row)"""
@@ -172,21 +174,26 @@ class _Validation:
                 self._report("left over", places[0], f"makes the {value}, which nobody takes")
 
     def _complete(self) -> None:
-        layout = self.table.layout
-        forwards = {
-            (action.stage, m)
-            for row in self.table.ranks
-            for action in row
-            if action.kind is Kind.F
-            for m in action.microbatches
-        }
+        """Every stage runs every microbatch; of a row with many gaps the first few are named and the rest counted."""
+        layout, count = self.table.layout, self.table.num_microbatches
+        present: dict[str, dict[int, set[int]]] = {"F": defaultdict(set), "B": defaultdict(set)}
+        for row in self.table.ranks:
+            for action in row:
+                if action.kind is Kind.F:
+                    present["F"][action.stage].update(action.microbatches)
+        for value in self.made:
+            if value.what is What.WEIGHT_GRAD:
+                present["B"][value.stage].add(value.microbatch)
         for stage in range(len(layout.stages)):
-            for m in range(self.table.num_microbatches):
-                rank = layout.rank_of(stage, m)
-                if (stage, m) not in forwards:
-                    self._report("incomplete", (rank, -1), f"F s{stage} m{m} is missing")
-                elif not self.table.forward_only and Value(What.WEIGHT_GRAD, stage, m) not in self.made:
-                    self._report("incomplete", (rank, -1), f"B s{stage} m{m} (or I and W) is missing")
+            for kind in ("F",) if self.table.forward_only else ("F", "B"):
+                missing = count - sum(0 <= m < count for m in present[kind][stage])
+                gaps = (m for m in range(count) if m not in present[kind][stage])
+                for m in islice(gaps, _GAPS_NAMED):
+                    more = f" (and {missing - _GAPS_NAMED} more of this stage)" if missing > _GAPS_NAMED else ""
+                    hint = " (or I and W)" if kind == "B" else ""
+                    self._report(
+                        "incomplete", (layout.rank_of(stage, m), -1), f"{kind} s{stage} m{m}{hint} is missing{more}"
+                    )
 
     def _lanes_in_order(self, places: list[Place]) -> None:
         """The k-th SEND from one rank to another on a lane is the k-th RECV there: communicators match by order."""

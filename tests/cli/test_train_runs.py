@@ -22,6 +22,7 @@ SMALL = [
     "train.micro_batch_size=2",
     "train.eval_interval=2",
     "train.warmup_iterations=0",
+    "train.clip_grad=0",
     "data.validation_fraction=0.2",
     "link.timeout_s=60",
 ]
@@ -103,7 +104,7 @@ def test_two_sites_with_different_configs_both_say_which_keys(tmp_path, text):
         assert code == 2, err
         assert "different configs" in err
         assert "train.lr: edge 0.003, cloud 0.01" in err
-        assert "train.clip_grad: edge 1.0, cloud 0.5" in err
+        assert "train.clip_grad: edge 0.0, cloud 0.5" in err
         assert "data.path" not in err and "Traceback" not in err
 
 

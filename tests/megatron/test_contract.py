@@ -132,7 +132,7 @@ def observe(case: Case, global_rank: int, ports: dict[str, int], call: dict[str,
     """One call of the forward-backward function with an observing forward step; what this rank saw."""
     import torch
     from megatron.core import parallel_state
-    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.pipeline_parallel import schedules
     from megatron.core.timers import Timers
 
     from ldt_schedules.megatron import session, world
@@ -165,7 +165,7 @@ def observe(case: Case, global_rank: int, ports: dict[str, int], call: dict[str,
 
     reads = place.site is Site.EDGE
     with torch.no_grad() if call.get("forward_only") else torch.enable_grad():
-        store = get_forward_backward_func()(
+        store = schedules.get_forward_backward_func()(
             forward_step_func=step,
             data_iterator=[batches(0, range(case.num_microbatches))] if reads else None,
             model=trained.model,

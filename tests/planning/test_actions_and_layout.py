@@ -22,10 +22,25 @@ def test_an_action_reads_as_it_prints(action):
     assert Action.parse(str(action)) == action
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "F", "F s0", "F s0 m", "F s0 m0 x", "FOO s0 m0", "F s-1 m0", "F s0 m()", "F s0 m(0)", "F s0 m0 ->1", "SEND_F s0 m0", "SEND_F s0 m0 <-1", "RECV_F s0 m0 ->1", "F s0 m(0,0)", "f s0 m0", "F  s0 m0"],
+NO_ACTIONS = (
+    [
+        "",
+        "F",
+        "F s0",
+        "F s0 m",
+        "F s0 m0 x",
+        "FOO s0 m0",
+        "F s-1 m0",
+        "F s0 m()",
+        "F s0 m(0)",
+        "F s0 m0 ->1",
+        "f s0 m0",
+    ],
+    ["SEND_F s0 m0", "SEND_F s0 m0 <-1", "RECV_F s0 m0 ->1", "F s0 m(0,0)", "F  s0 m0", "F s0 m" + "9" * 5000],
 )
+
+
+@pytest.mark.parametrize("text", [text for row in NO_ACTIONS for text in row])
 def test_what_is_no_action_is_refused(text):
     """A prefix that happens to match is not enough: torch's own parser reads "0FOO" as 0F."""
     with pytest.raises(ScheduleError):

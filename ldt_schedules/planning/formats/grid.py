@@ -18,9 +18,10 @@ from ldt_schedules.planning.layout import Layout
 from ldt_schedules.planning.table import ScheduleTable
 
 _CELL = re.compile(
-    r"(?P<stage>\d+),(?P<rank>\d+),(?P<kind>[A-Z_]+),(?:(?P<one>\d+)|\((?P<many>\d+(?:,\s*\d+)*),?\)),(?P<peer>\d*)"
+    r"(?P<stage>\d{1,9}),(?P<rank>\d{1,9}),(?P<kind>[A-Z_]+),"
+    r"(?:(?P<one>\d{1,9})|\((?P<many>\d{1,9}(?:,\s*\d{1,9})*),?\)),(?P<peer>\d{0,9})"
 )
-_HEADER = re.compile(r"Rank (\d+)")
+_HEADER = re.compile(r"Rank (\d{1,9})\b")
 _STEP = re.compile(r"Step (\d+):")
 
 

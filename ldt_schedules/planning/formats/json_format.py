@@ -53,11 +53,13 @@ def loads(text: str) -> ScheduleTable:
             read. What the actions do is the validator's to judge.
     """
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_without_repeats)
     except json.JSONDecodeError as error:
         at_end = error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated string")
         cut = "; is the file cut off?" if at_end else ""
         raise ScheduleError(f"line {error.lineno}, column {error.colno}: {error.msg}{cut}") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ScheduleError(f"this is no table: {error}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         given = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise ScheduleError(f'this is no table: "format" is {given!r}, expected "{FORMAT}"')
@@ -70,11 +72,24 @@ def loads(text: str) -> ScheduleTable:
     if set(ranks) - expected:
         extra = ", ".join(sorted(set(ranks) - expected))
         raise ScheduleError(f'"ranks" has {extra}; the stages stand on ranks 0..{layout.num_ranks - 1}')
+    if expected - set(ranks):
+        raise ScheduleError(
+            f'"ranks" has no row for {", ".join(sorted(expected - set(ranks)))}; write [] for an idle rank'
+        )
     rows = {int(rank): _row(rank, row) for rank, row in ranks.items()}
     forward_only = content.get("forward_only", False)
     if not isinstance(forward_only, bool):
         raise ScheduleError(f'"forward_only" is {forward_only!r}; allowed are true and false')
     return ScheduleTable.from_rows(layout, _get(content, "num_microbatches", int), rows, forward_only)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON lets a key stand twice and keeps the last: a rank's row would be lost without a word."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ScheduleError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+    return content
 
 
 def _get(content: dict[str, Any], key: str, kind: type) -> Any:
