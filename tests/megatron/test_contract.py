@@ -161,7 +161,7 @@ def observe(case: Case, global_rank: int, ports: dict[str, int], call: dict[str,
     def report(output: Any, non_loss_data: bool = False) -> Any:
         if non_loss_data:
             return output.detach().numpy()
-        return output.mean(), {"lm loss": output.detach().mean()}
+        return output.mean(), {"lm loss": float(output.detach().mean())}
 
     reads = place.site is Site.EDGE
     with torch.no_grad() if call.get("forward_only") else torch.enable_grad():
