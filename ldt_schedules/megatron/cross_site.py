@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ldt_schedules import device
 from ldt_schedules.megatron import session
 from ldt_schedules.megatron.session import Session
 from ldt_schedules.topology import Site
@@ -42,7 +43,7 @@ def grad_norm_of_both_sites(original: Callable[..., float]) -> Callable[..., flo
             return original(grads_for_norm, norm_type, *args, **kwargs)
         if isinstance(grads_for_norm, list) and not grads_for_norm:
             # Everything here is frozen. Megatron takes the maximum of nothing; a zero changes no norm.
-            grads_for_norm = [torch.zeros(1, device=torch.cuda.current_device())]
+            grads_for_norm = [torch.zeros(1, device=device.current_device())]
         edge, cloud = both_sites(run, float(original(grads_for_norm, norm_type, *args, **kwargs)))
         if math.isinf(norm_type):
             return max(edge, cloud)

@@ -85,28 +85,38 @@ def forward_backward_pipelining_without_interleaving(
     if config.timers is not None:
         config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
 
-    row = table.ranks[run.place.pipeline_rank]
-    grad_sync = GradSync(config, chunks, row, at_end_only=_reduces_at_end(run, config, chunks[0]))
-    grad_sync.close()
+    grad_sync = GradSync(config, chunks, table.ranks[run.place.pipeline_rank], _reduces_at_end(run, config, chunks[0]))
     if not forward_only:
+        grad_sync.close()
         _start_param_sync(config, chunks)
-    source = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
     stages = MegatronStages(
         run=run,
         config=config,
         modules=stage_modules(chunks[0]),
         table=table,
-        batches=SharedBatches(source),
+        batches=SharedBatches(data_iterator[0] if isinstance(data_iterator, list) else data_iterator),
         grad_sync=grad_sync,
         forward_step_func=forward_step_func,
         num_tokens=torch.zeros([], dtype=torch.int, device=device.current_device()),
-        forward_data_store=[],
         collect_non_loss_data=collect_non_loss_data,
         first_val_step=first_val_step,
-        recompute_window=_recompute_window(config, row),
+        recompute_window=_recompute_window(config, table.ranks[run.place.pipeline_rank]),
     )
-    header = _exchange_header(run, table, _header(run, table, config, seq_length, micro_batch_size))
     embedding_module = None if forward_only else _clear_deferred_embedding(run, config, stages)
+    _execute(stages, seq_length, micro_batch_size)
+    if not forward_only:
+        grad_sync.finish()
+        _finish_gradients(run, config, chunks, stages, embedding_module, pg_collection, force_all_reduce)
+    run.steps += 1
+    if config.timers is not None:
+        config.timers("forward-backward").stop()
+    return stages.forward_data_store
+
+
+def _execute(stages: MegatronStages, seq_length: int, micro_batch_size: int) -> None:
+    """Agree with the other site on the step, then run this rank's row to its end; nothing may be left over."""
+    run, table, config = stages.run, stages.table, stages.config
+    header = _exchange_header(run, _header(run, table, config, seq_length, micro_batch_size))
     executor = Executor(
         table=table,
         rank=run.place.pipeline_rank,
@@ -116,13 +126,6 @@ def forward_backward_pipelining_without_interleaving(
     )
     run.last_step = executor.run()
     stages.batches.assert_empty()
-    grad_sync.finish()
-    if not forward_only:
-        _finish_gradients(run, config, chunks, stages, embedding_module, pg_collection, force_all_reduce)
-    run.steps += 1
-    if config.timers is not None:
-        config.timers("forward-backward").stop()
-    return stages.forward_data_store
 
 
 def _refuse_unsupported(config: Any, chunks: list[Any], adjust_tensor_shapes_fn: object) -> None:
@@ -176,7 +179,7 @@ def _header(run: Session, table: ScheduleTable, config: Any, seq_length: int, mi
     )
 
 
-def _exchange_header(run: Session, table: ScheduleTable, mine: StepHeader) -> StepHeader:
+def _exchange_header(run: Session, mine: StepHeader) -> StepHeader:
     """The edge announces the step, the cloud checks that it is about to run the same one."""
     key = f"header/{run.steps}/{run.place.data_rank}"
     if run.place.site is Site.EDGE:

@@ -7,7 +7,7 @@ non-loss data, deallocation of outputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class MegatronStages:
     grad_sync: GradSync
     forward_step_func: Callable[..., Any]
     num_tokens: torch.Tensor
-    forward_data_store: list[Any]
+    forward_data_store: list[Any] = field(default_factory=list)
     collect_non_loss_data: bool = False
     first_val_step: bool | None = None
     recompute_window: dict[int, int] | None = None

@@ -86,6 +86,7 @@ def test_overlapped_gradient_reduction(workers, tied, planner, functions):
         data=2,
         tied=tied,
         steps=3,
+        evaluate=True,
         ddp=(("overlap_grad_reduce", True), ("bucket_size", 2000)),
         split_only=tuple(functions.items()),
     )
