@@ -23,6 +23,7 @@ SMALL = [
     "train.eval_interval=2",
     "train.warmup_iterations=0",
     "train.clip_grad=0",
+    "train.lr=0.003",
     "data.validation_fraction=0.2",
     "link.timeout_s=60",
 ]
