@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from tests.parity.case import Case
@@ -98,3 +99,19 @@ def test_layer_splits_with_empty_ends(workers):
     """A head of nothing but the embedding, a tail of nothing but norm and output layer, an empty cloud rank."""
     for layers in ((0, 2, 0), (0, 1, 2, 1), (2, 0, 2, 0)):
         check(workers, [Case(layers, 3, optimizer="sgd", steps=1)])
+
+
+def test_the_comparison_notices_the_last_bit(workers):
+    """A control: one gradient, one weight, one loss, moved to the next float, is found and named."""
+    case = Case(SPLITS[2], 2, steps=1, evaluate=True)
+    ((mine,),), ((reference,),) = run_split(workers, [case]), run_whole(workers, [case])
+    assert_parity(case, mine, reference, EXACT)
+    name = "decoder.layers.2.mlp.linear_fc1.weight"
+    for tensors, message in ((mine.gradients, name), (mine.weights, name), ({"": mine.reports}, "reports")):
+        array = tensors[name] if name in tensors else tensors[""]
+        before = array.copy()
+        array.flat[array.argmax()] = np.nextafter(array.max(), np.inf, dtype=array.dtype)
+        with pytest.raises(AssertionError, match=message):
+            assert_parity(case, mine, reference, EXACT)
+        array[...] = before
+    assert_parity(case, mine, reference, EXACT)
