@@ -90,13 +90,22 @@ def _stage_module(config: Any, span: LayerSpan, provider: ModelProvider, *, firs
     if not (config.fp16 or config.bf16):
         return module
     wrapped = Float16Module(chunk_config, module)
-    # Float16Module turns the output of "its world's last stage" to float32. Only the tail is last.
-    wrapped.vp_size, wrapped.vp_stage = 3, 0 if first else 2 if last else 1
+    if not (first and last):
+        # Float16Module turns the output of "its world's last stage" to float32. Of a split model only the tail is last.
+        wrapped.vp_size, wrapped.vp_stage = 3, 0 if first else 2 if last else 1
     return wrapped
 
 
 def _unwrapped(module: torch.nn.Module) -> Any:
     return module.module if isinstance(module, Float16Module) else module
+
+
+def _innermost(model: torch.nn.Module) -> Any:
+    """What the wrappers hold: EdgeChunks, or the one chunk."""
+    inner: Any = model
+    while not isinstance(inner, EdgeChunks) and hasattr(inner, "module"):
+        inner = inner.module
+    return inner
 
 
 def stage_modules(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
@@ -105,9 +114,7 @@ def stage_modules(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
     The cloud's chunk is called through its wrappers, the edge's head and tail inside them:
     DistributedDataParallel adds nothing to a forward pass but the call.
     """
-    inner: Any = model
-    while not isinstance(inner, EdgeChunks) and hasattr(inner, "module"):
-        inner = inner.module
+    inner = _innermost(model)
     if isinstance(inner, EdgeChunks):
         return inner.stage_modules
     run = session.current()
@@ -116,9 +123,7 @@ def stage_modules(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
 
 def shares_parameters(model: torch.nn.Module) -> bool:
     """Does the model hold a head and a tail with a parameter in common?"""
-    inner: Any = model
-    while not isinstance(inner, EdgeChunks) and hasattr(inner, "module"):
-        inner = inner.module
+    inner = _innermost(model)
     return isinstance(inner, EdgeChunks) and inner.shares_parameters
 
 
@@ -128,9 +133,7 @@ def global_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Pa
     `tail.decoder.layers.0.…` of a chunk that starts at layer 6 is `decoder.layers.6.…`.
     """
     seen: set[int] = set()
-    inner: Any = model
-    while not isinstance(inner, EdgeChunks) and hasattr(inner, "module"):
-        inner = inner.module
+    inner = _innermost(model)
     for chunk in (inner.head, inner.tail) if isinstance(inner, EdgeChunks) else (inner,):
         span = span_of(chunk.config) or LayerSpan(0, 0)
         for name, parameter in _unwrapped(chunk).named_parameters():

@@ -44,6 +44,11 @@ class Kind(str, Enum):
     def is_compute(self) -> bool:
         return not (self.is_send or self.is_recv)
 
+    @property
+    def is_forward(self) -> bool:
+        """Does it belong to the forward pass, so that an evaluation has it too?"""
+        return self in (Kind.F, Kind.SEND_F, Kind.RECV_F)
+
     def __str__(self) -> str:
         return self.value
 

@@ -23,6 +23,8 @@ from __future__ import annotations
 
 from enum import Enum
 
+from ldt_schedules.planning.actions import Action
+
 
 class Lane(Enum):
     """An ordered path for messages; at run time a process group and a stream of its own."""
@@ -41,3 +43,9 @@ def lane(sender: int, receiver: int) -> Lane:
     if sender % 2 != receiver % 2:
         return Lane.PING if sender % 2 else Lane.PANG
     return Lane.WRAP_F if sender > receiver else Lane.WRAP_B
+
+
+def lane_of(rank: int, action: Action) -> Lane:
+    """The lane of a SEND or RECV that stands in the row of pipeline rank `rank`."""
+    assert action.peer is not None, action
+    return lane(rank, action.peer) if action.kind.is_send else lane(action.peer, rank)

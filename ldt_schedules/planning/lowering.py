@@ -28,7 +28,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ldt_schedules.planning.actions import Action, Kind
-from ldt_schedules.planning.channels import Lane, lane
+from ldt_schedules.planning.channels import Lane, lane_of
 from ldt_schedules.planning.dependencies import Dataflow, What
 from ldt_schedules.planning.errors import ScheduleError
 from ldt_schedules.planning.layout import Layout
@@ -110,12 +110,11 @@ def _hoist_receives(rank: int, row: list[Action], prefetch: int) -> list[Action]
         if action.kind.is_compute:
             here += 1
             continue
-        assert action.peer is not None, action
         if action.kind.is_send:
-            last_send[lane(rank, action.peer)] = here
+            last_send[lane_of(rank, action)] = here
             gaps[here].stays.append(action)
             continue
-        target = max(here - prefetch, last_recv, last_send.get(lane(action.peer, rank), 0))
+        target = max(here - prefetch, last_recv, last_send.get(lane_of(rank, action), 0))
         (gaps[target].hoisted if target < here else gaps[here].stays).append(action)
         last_recv = target
     hoisted_row = [*gaps[0].stays, *gaps[0].hoisted]

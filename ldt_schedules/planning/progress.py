@@ -13,7 +13,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterator
 
 from ldt_schedules.planning.actions import Action
-from ldt_schedules.planning.channels import Lane, lane
+from ldt_schedules.planning.channels import Lane, lane_of
 from ldt_schedules.planning.dependencies import Dataflow, Value
 from ldt_schedules.planning.table import ScheduleTable
 
@@ -37,6 +37,7 @@ class _Progress:
         self.position = [0] * len(self.rows)
         self.there: set[Value] = set()
         self.passed: set[Value] = set()
+        self.posted: set[tuple[int, int]] = set()
         # What each rank has posted on each of its lanes and has not passed yet, in order.
         self.queues: dict[tuple[int, Lane], deque[Post]] = defaultdict(deque)
 
@@ -73,11 +74,10 @@ class _Progress:
     def _post(self, rank: int, action: Action, messages: list[Value]) -> bool:
         """True when the rank may go on."""
         assert action.peer is not None
-        path = lane(rank, action.peer) if action.kind.is_send else lane(action.peer, rank)
-        queue = self.queues[rank, path]
-        for message in messages:
-            if message not in self.passed and (message, action.peer) not in queue:
-                queue.append((message, action.peer))
+        # A blocked rank comes back to the same action; what it posted then is posted already.
+        if (rank, self.position[rank]) not in self.posted:
+            self.posted.add((rank, self.position[rank]))
+            self.queues[rank, lane_of(rank, action)].extend((message, action.peer) for message in messages)
         return not self.blocking or all(message in self.passed for message in messages)
 
     def _pass_messages(self, rank: int) -> list[int]:

@@ -133,7 +133,7 @@ class _Validation:
                 where = layout.rank_of(action.stage, m)
                 self._report("action", (rank, index), f"stage {action.stage} stands on rank {where}, not on {rank}")
                 return False
-        if self.table.forward_only and action.kind not in (Kind.F, Kind.SEND_F, Kind.RECV_F):
+        if self.table.forward_only and not action.kind.is_forward:
             self._report("action", (rank, index), "a forward-only table has no backward")
             return False
         try:

@@ -17,7 +17,7 @@ import torch
 from ldt_schedules.comm.transport import RecvHandle, SendHandle, TensorSpec, Transport
 from ldt_schedules.errors import LdtError
 from ldt_schedules.planning.actions import Action, Kind
-from ldt_schedules.planning.channels import lane
+from ldt_schedules.planning.channels import lane_of
 from ldt_schedules.planning.dependencies import Dataflow, Value, What
 from ldt_schedules.planning.errors import ScheduleError
 from ldt_schedules.planning.table import ScheduleTable
@@ -140,7 +140,7 @@ class Executor:
         (value,), (message,) = self._flow.takes(action), self._flow.makes(action)
         assert action.peer is not None
         handle = self.transport.post_send(
-            self._tensor(value), peer=action.peer, lane=lane(self.rank, action.peer), tag=self._tag(message)
+            self._tensor(value), peer=action.peer, lane=lane_of(self.rank, action), tag=self._tag(message)
         )
         self._sending.append(handle)
 
@@ -150,7 +150,7 @@ class Executor:
         handle = self.transport.post_recv(
             self.spec(message.microbatch),
             peer=action.peer,
-            lane=lane(action.peer, self.rank),
+            lane=lane_of(self.rank, action),
             tag=self._tag(message),
         )
         self._buffers.put(value, _Posted(handle))

@@ -68,7 +68,7 @@ def loads(text: str, layout: Layout | None = None) -> ScheduleTable:
             stages.setdefault(action.stage, set()).add(rank)
     _refuse_several_roots(stages)
     layout = layout or Layout.u(len(starts))
-    forward_only = all(action.kind in (Kind.F, Kind.SEND_F, Kind.RECV_F) for row in rows for action in row)
+    forward_only = all(action.kind.is_forward for row in rows for action in row)
     microbatches = {m for row in rows for action in row for m in action.microbatches}
     return ScheduleTable.from_rows(layout, max(microbatches, default=-1) + 1, rows, forward_only)
 
