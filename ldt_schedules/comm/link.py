@@ -55,7 +55,10 @@ class Link:
         Every process must call this equally often: it is the one collective that crosses the link.
         """
         total = contribution.detach().to(device="cpu", dtype=torch.float64).clone()
-        self.scalars.allreduce([total]).wait()
+        try:
+            self.scalars.allreduce([total]).wait()
+        except RuntimeError as error:
+            raise LdtError(f"the sites could not add up their numbers within {self.timeout_s:g} s: {error}") from error
         return total
 
     def publish(self, key: str, message: dict[str, Any]) -> None:

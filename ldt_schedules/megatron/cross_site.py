@@ -95,10 +95,4 @@ def share_num_tokens(run: Session, num_tokens: torch.Tensor) -> None:
     The loss is computed at the edge, so a cloud process has counted 0. Each replica passes its own count on; Megatron
     then sums the counts over the replicas on each site.
     """
-    key = f"num_tokens/{run.steps}/{run.place.context_rank}/{run.place.data_rank}"
-    if run.place.site is Site.EDGE:
-        if run.place.tensor_rank == 0:
-            run.link.publish(key, {"num_tokens": int(num_tokens)})
-            run.link.forget(key.replace(f"/{run.steps}/", f"/{run.steps - 2}/"))
-    else:
-        num_tokens.fill_(run.link.fetch(key, f"the edge's number of tokens of step {run.steps}")["num_tokens"])
+    num_tokens.fill_(run.from_edge("number of tokens", {"num_tokens": int(num_tokens)})["num_tokens"])

@@ -181,15 +181,9 @@ def _header(run: Session, table: ScheduleTable, config: Any, seq_length: int, mi
 
 def _exchange_header(run: Session, mine: StepHeader) -> StepHeader:
     """The edge announces the step, the cloud checks that it is about to run the same one."""
-    key = f"header/{run.steps}/{run.place.data_rank}"
-    if run.place.site is Site.EDGE:
-        if run.place.tensor_rank == 0 and run.place.context_rank == 0:
-            run.link.publish(key, mine.to_message())
-            run.link.forget(key.replace(f"/{run.steps}/", f"/{run.steps - 2}/"))
-        return mine
-    theirs = StepHeader.from_message(run.link.fetch(key, f"the edge's header of step {run.steps}"))
-    theirs.require_agreement(mine)
-    return theirs
+    header = StepHeader.from_message(run.from_edge("header", mine.to_message()))
+    header.require_agreement(mine)
+    return header
 
 
 def _local_spec(whole: TensorSpec, run: Session, config: Any) -> TensorSpec:

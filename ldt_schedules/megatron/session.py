@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 from ldt_schedules.comm.link import Link
 from ldt_schedules.comm.transport import Transport
 from ldt_schedules.planning.table import ScheduleTable
 from ldt_schedules.runtime.recorder import StepRecorder
-from ldt_schedules.topology import Place, Topology
+from ldt_schedules.topology import Place, Site, Topology
 
 TableSource = Callable[[int, bool], ScheduleTable]
 """`(num_microbatches, forward_only) -> table`; every process gets the same one."""
@@ -43,6 +44,20 @@ class Session:
 
     def __post_init__(self) -> None:
         self.table_for = lru_cache(maxsize=8)(self.table_for)
+
+    def from_edge(self, what: str, message: dict[str, Any]) -> dict[str, Any]:
+        """The edge's message about this step, on both sites: the edge gives its own, the cloud waits for it.
+
+        Each slice of the batch (data and context rank) has its own; the slice's first tensor-parallel rank speaks.
+        """
+        key = f"{what}/{self.steps}/{self.place.context_rank}/{self.place.data_rank}"
+        if self.place.site is not Site.EDGE:
+            return self.link.fetch(key, f"the edge's {what} of step {self.steps}")
+        if self.place.tensor_rank == 0:
+            self.link.publish(key, message)
+            # That the edge is at this step proves that the cloud has read what belonged to the last but one.
+            self.link.forget(key.replace(f"/{self.steps}/", f"/{self.steps - 2}/", 1))
+        return message
 
     @contextmanager
     def stage(self, stage: int) -> Iterator[None]:
