@@ -9,6 +9,7 @@ Text form (the only one; tables, logs and error messages all use it):
     B s0 m(0,1)           full backward of microbatches 0 and 1 in one pass ("packed")
     SEND_F s0 m0 ->1      send the activation of stage 0 to pipeline rank 1
     RECV_B s0 m0 <-1      receive the gradient of stage 0's output from pipeline rank 1
+    RECV_F s2 m0 <-0/s1   receive the activation of stage 1 from pipeline rank 0, which holds another input too
 """
 
 from __future__ import annotations
@@ -56,13 +57,16 @@ class Kind(str, Enum):
 _TEXT = re.compile(
     r"(?P<kind>F|B|I|W|SEND_F|RECV_F|SEND_B|RECV_B) s(?P<stage>\d{1,9})"
     r" m(?:(?P<one>\d{1,9})|\((?P<many>\d{1,9}(?:,\d{1,9})+)\))"
-    r"(?: (?P<arrow>->|<-)(?P<peer>\d{1,9}))?"
+    r"(?: (?P<arrow>->|<-)(?P<peer>\d{1,9})(?:/s(?P<other>\d{1,9}))?)?"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
     """One entry of a rank's row.
+
+    `other` is the stage at the peer's end of a SEND or RECV. It is written only where the peer holds two neighbours of
+    `stage`, so that stage and peer do not say which is meant.
 
     Raises:
         ScheduleError: a SEND/RECV without a peer, a compute action with one, no or repeated microbatches.
@@ -72,6 +76,7 @@ class Action:
     stage: int
     microbatches: tuple[int, ...]
     peer: int | None = None
+    other: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind.is_compute and self.peer is not None:
@@ -85,10 +90,11 @@ class Action:
             raise ScheduleError(f"{self.kind} s{self.stage} needs different microbatches, got {self.microbatches}")
 
     def __str__(self) -> str:
-        text = f"{self.kind} s{self.stage} m{format_microbatches(self.microbatches)}"
+        text = f"{self.kind.value} s{self.stage} m{format_microbatches(self.microbatches)}"
         if self.peer is None:
             return text
-        return f"{text} {'->' if self.kind.is_send else '<-'}{self.peer}"
+        which = "" if self.other is None else f"/s{self.other}"
+        return f"{text} {'->' if self.kind.is_send else '<-'}{self.peer}{which}"
 
     @classmethod
     def parse(cls, text: str) -> Action:
@@ -111,6 +117,7 @@ class Action:
             stage=int(match["stage"]),
             microbatches=tuple(int(m) for m in microbatches.split(",")),
             peer=None if match["peer"] is None else int(match["peer"]),
+            other=None if match["other"] is None else int(match["other"]),
         )
 
 

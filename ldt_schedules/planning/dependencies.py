@@ -155,16 +155,24 @@ class Dataflow:
         """The stage at the peer's end of a SEND or RECV.
 
         Raises:
-            ScheduleError: the peer holds no neighbour of the stage for this microbatch.
+            ScheduleError: the peer holds no neighbour of the stage for this microbatch, or two and the action does not
+                say which is meant.
         """
         assert action.peer is not None, action
         upstream = action.kind in (Kind.RECV_F, Kind.SEND_B)
         neighbours = self.layout.inputs(action.stage) if upstream else self.layout.consumers(action.stage)
-        other = self.layout.neighbour_on(neighbours, action.peer, microbatch)
-        if other is None or action.peer == self.layout.rank_of(action.stage, microbatch):
+        found = self.layout.neighbours_on(neighbours, action.peer, microbatch)
+        if action.other is not None:
+            found = [stage for stage in found if stage == action.other]
+        if not found or action.peer == self.layout.rank_of(action.stage, microbatch):
             where = ", ".join(f"stage {n} on rank {self.layout.rank_of(n, microbatch)}" for n in neighbours)
             raise ScheduleError(
                 f"{action}: rank {action.peer} holds no stage that stage {action.stage} "
                 f"{'reads from' if upstream else 'feeds'} over a link (there is {where or 'none'})"
             )
-        return other
+        if len(found) > 1:
+            raise ScheduleError(
+                f"{action}: rank {action.peer} holds stages {' and '.join(map(str, found))}; write which is meant, "
+                f"for example {action}/s{found[0]}"
+            )
+        return found[0]

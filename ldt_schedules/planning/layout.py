@@ -22,7 +22,7 @@ class Stage:
     """A contiguous part of the model.
 
     `ranks` holds one pipeline rank, or one for each domain (a domain is one data-parallel pipeline of the
-    cloud): microbatch `m` runs on `ranks[m % len(ranks)]`. `inputs` are the stages that feed this one.
+    cloud). `inputs` are the stages that feed this one.
     """
 
     index: int
@@ -33,45 +33,52 @@ class Stage:
 
 @dataclass(frozen=True)
 class Layout:
-    """Stages in forward order, `stages[i].index == i`.
+    """Stages, `stages[i].index == i`, usually numbered in forward order.
+
+    Microbatch `m` belongs to domain `m mod D`, or to `domain_of[m]` where that is given. `num_ranks` 0 stands for
+    "as many as the stages use"; give it when some rank has nothing to do.
 
     Raises:
-        ScheduleError: a stage with a wrong index, an input that does not come before its consumer (a cycle),
-            no rank, a gap in the rank numbers, or two neighbours that a peer alone cannot tell apart.
+        ScheduleError: a stage with a wrong index, an input that does not exist, a cycle, no rank, a rank that does not
+            exist, a gap in the rank numbers.
     """
 
     stages: tuple[Stage, ...]
+    num_ranks: int = 0
+    domain_of: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.stages:
+            raise ScheduleError("a layout needs at least one stage")
         for position, stage in enumerate(self.stages):
             if stage.index != position:
                 raise ScheduleError(f"stage {stage.index} stands at position {position}; number stages 0, 1, 2, …")
             if not stage.ranks:
                 raise ScheduleError(f"stage {position} stands on no rank")
             for source in stage.inputs:
-                if not 0 <= source < position:
-                    raise ScheduleError(
-                        f"stage {position} takes its input from stage {source}, which does not come before it"
-                    )
-        if not self.stages:
-            raise ScheduleError("a layout needs at least one stage")
-        used = {rank for stage in self.stages for rank in stage.ranks}
-        if used != set(range(len(used))):
-            raise ScheduleError(f"pipeline ranks must be 0..{len(used) - 1} without gaps, got {sorted(used)}")
+                if not 0 <= source < len(self.stages):
+                    raise ScheduleError(f"stage {position} takes its input from stage {source}, which does not exist")
+        self._check_ranks()
         if len({len(stage.ranks) for stage in self.stages} - {1}) > 1:
             raise ScheduleError("stages with one rank for each domain must all name the same number of ranks")
-        self._check_peers_name_one_edge()
+        for m, domain in enumerate(self.domain_of):
+            if not 0 <= domain < self.num_domains:
+                raise ScheduleError(f"microbatch {m} is of domain {domain}; there are domains 0..{self.num_domains - 1}")
+        _ = self.forward_order  # refuses cycles
 
-    def _check_peers_name_one_edge(self) -> None:
+    def _check_ranks(self) -> None:
+        used = {rank for stage in self.stages for rank in stage.ranks}
+        if not self.num_ranks:
+            if used != set(range(len(used))):
+                raise ScheduleError(f"pipeline ranks must be 0..{len(used) - 1} without gaps, got {sorted(used)}")
+            object.__setattr__(self, "num_ranks", len(used))
         for stage in self.stages:
-            for neighbours in (stage.inputs, self.consumers(stage.index)):
-                for domain in range(self.num_domains):
-                    ranks = [self.rank_of(neighbour, domain) for neighbour in neighbours]
-                    if len(set(ranks)) != len(ranks):
-                        raise ScheduleError(
-                            f"stage {stage.index} has two neighbours on one rank ({ranks}), so the peer of a SEND "
-                            "or RECV would not say which is meant; put them on different ranks"
-                        )
+            for rank in stage.ranks:
+                if not 0 <= rank < self.num_ranks:
+                    raise ScheduleError(
+                        f"stage {stage.index} stands on rank {rank}, which does not exist; ranks are "
+                        f"0..{self.num_ranks - 1}"
+                    )
 
     @classmethod
     def u(cls, num_ranks: int) -> Layout:
@@ -91,8 +98,27 @@ class Layout:
         )
 
     @cached_property
-    def num_ranks(self) -> int:
-        return len({rank for stage in self.stages for rank in stage.ranks})
+    def forward_order(self) -> tuple[int, ...]:
+        """The stages so that every one comes after its inputs.
+
+        Raises:
+            ScheduleError: there is no such order; the message names the stages of the cycle.
+        """
+        order: list[int] = []
+        waiting = {stage.index: set(stage.inputs) for stage in self.stages}
+        while waiting:
+            free = [stage for stage, inputs in waiting.items() if not inputs & waiting.keys()]
+            if not free:
+                raise ScheduleError(f"stages {sorted(waiting)} wait for each other: the graph of stages has a cycle")
+            order += free
+            for stage in free:
+                del waiting[stage]
+        return tuple(order)
+
+    @property
+    def has_idle_ranks(self) -> bool:
+        """Is there a rank without a stage?"""
+        return len({rank for stage in self.stages for rank in stage.ranks}) < self.num_ranks
 
     @cached_property
     def num_domains(self) -> int:
@@ -115,7 +141,11 @@ class Layout:
     def rank_of(self, stage: int, microbatch: int) -> int:
         """The pipeline rank that runs `stage` for `microbatch`."""
         ranks = self.stages[stage].ranks
-        return ranks[microbatch % len(ranks)]
+        return ranks[self.domain(microbatch)] if len(ranks) > 1 else ranks[0]
+
+    def domain(self, microbatch: int) -> int:
+        """The domain that `microbatch` belongs to."""
+        return self.domain_of[microbatch] if self.domain_of else microbatch % self.num_domains
 
     def stages_on(self, rank: int) -> tuple[int, ...]:
         """The stages that stand on pipeline rank `rank`, in forward order."""
@@ -129,9 +159,6 @@ class Layout:
         """Does the stage compute the loss (nothing reads its output)?"""
         return not self._consumers[stage]
 
-    def neighbour_on(self, stages: tuple[int, ...], rank: int, microbatch: int) -> int | None:
-        """The one of `stages` that runs `microbatch` on `rank`; None when none does."""
-        for stage in stages:
-            if self.rank_of(stage, microbatch) == rank:
-                return stage
-        return None
+    def neighbours_on(self, stages: tuple[int, ...], rank: int, microbatch: int) -> list[int]:
+        """Those of `stages` that run `microbatch` on `rank`."""
+        return [stage for stage in stages if self.rank_of(stage, microbatch) == rank]

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 from ldt_schedules.planning.actions import Action, Kind
 from ldt_schedules.planning.channels import Lane, lane_of
-from ldt_schedules.planning.dependencies import Dataflow, What
+from ldt_schedules.planning.dependencies import Dataflow, Value, What
 from ldt_schedules.planning.errors import ScheduleError
 from ldt_schedules.planning.layout import Layout
 from ldt_schedules.planning.simulator import simulate
@@ -82,9 +82,22 @@ def _messages(flow: Dataflow, rank: int, action: Action) -> list[tuple[Action, i
             continue
         microbatches = (value.microbatch,)
         receiver = flow.layout.rank_of(value.other, value.microbatch)
-        send = Action(send_kind, value.stage, microbatches, receiver)
-        messages.append((send, receiver, Action(recv_kind, value.other, microbatches, rank)))
+        here, there = _written(flow.layout, value)
+        send = Action(send_kind, value.stage, microbatches, receiver, there)
+        messages.append((send, receiver, Action(recv_kind, value.other, microbatches, rank, here)))
     return messages
+
+
+def _written(layout: Layout, value: Value) -> tuple[int | None, int | None]:
+    """The stages at the two ends of an OUTPUT or INPUT_GRAD where they must be written, because the other end's
+    rank alone would not say which is meant."""
+    stage, other, m = value.stage, value.other, value.microbatch
+    forward = value.what is What.OUTPUT
+    mine = layout.consumers(stage) if forward else layout.inputs(stage)
+    theirs = layout.inputs(other) if forward else layout.consumers(other)
+    ambiguous_there = len(layout.neighbours_on(mine, layout.rank_of(other, m), m)) > 1
+    ambiguous_here = len(layout.neighbours_on(theirs, layout.rank_of(stage, m), m)) > 1
+    return stage if ambiguous_here else None, other if ambiguous_there else None
 
 
 @dataclass(slots=True)

@@ -22,12 +22,30 @@ class Span:
     end: float
 
 
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """One message: its SEND, from which rank to which; on the wire from `start` to `sent`, there at `arrived`."""
+
+    sender: int
+    receiver: int
+    send: Action
+    start: float
+    sent: float
+    arrived: float
+
+
 @dataclass(frozen=True)
 class Timeline:
-    """All compute of one step, in the order in which it ended."""
+    """All compute of one step, in the order in which it ended.
+
+    `exposed[r]` is the time rank r stood still for a message that was already under way: communication that no
+    computation hides. A measured timeline may have neither transfers nor exposed times.
+    """
 
     num_ranks: int
     spans: tuple[Span, ...]
+    transfers: tuple[Transfer, ...] = ()
+    exposed: tuple[float, ...] = ()
 
     @cached_property
     def makespan(self) -> float:

@@ -5,6 +5,7 @@
      "ranks": {"0": ["F s0 m0", "SEND_F s0 m0 ->1", ...], "1": [...]}}
 
 A stage of several domains has one rank for each: `"rank": [1, 4]`. A table for evaluation says `"forward_only": true`.
+`"num_ranks"` is written where some rank has no stage, `"domain_of"` where microbatch m is not of domain m mod D.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from typing import Any
 
 from ldt_schedules.planning.actions import Action
 from ldt_schedules.planning.errors import ScheduleError
+from ldt_schedules.planning.formats.json_object import expect_keys, get, parse_object
 from ldt_schedules.planning.layout import Layout, Stage
 from ldt_schedules.planning.table import ScheduleTable
 
 FORMAT = "ldt-table/1"
-_KEYS = ("format", "num_microbatches", "stages", "ranks", "forward_only")
+_KEYS = ("format", "num_microbatches", "num_ranks", "domain_of", "stages", "ranks", "forward_only")
 
 
 def dumps(table: ScheduleTable) -> str:
@@ -27,6 +29,10 @@ def dumps(table: ScheduleTable) -> str:
     content: dict[str, Any] = {"format": FORMAT, "num_microbatches": table.num_microbatches}
     if table.forward_only:
         content["forward_only"] = True
+    if table.layout.has_idle_ranks:
+        content["num_ranks"] = table.layout.num_ranks
+    if table.layout.domain_of:
+        content["domain_of"] = list(table.layout.domain_of)
     content["stages"] = [
         {
             "stage": stage.index,
@@ -52,22 +58,14 @@ def loads(text: str) -> ScheduleTable:
         ScheduleError: cut off, not JSON, another format, a missing or unknown key, a wrong type, an action that cannot be
             read. What the actions do is the validator's to judge.
     """
-    try:
-        content = json.loads(text, object_pairs_hook=_without_repeats)
-    except json.JSONDecodeError as error:
-        at_end = error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated string")
-        cut = "; is the file cut off?" if at_end else ""
-        raise ScheduleError(f"line {error.lineno}, column {error.colno}: {error.msg}{cut}") from None
-    except ValueError as error:  # a number of thousands of digits
-        raise ScheduleError(f"this is no table: {error}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        given = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise ScheduleError(f'this is no table: "format" is {given!r}, expected "{FORMAT}"')
-    for key in content:
-        if key not in _KEYS:
-            raise ScheduleError(f"unknown key {key!r}; a table has {', '.join(_KEYS)}")
-    layout = Layout(tuple(_stage(entry, number) for number, entry in enumerate(_get(content, "stages", list))))
-    ranks = _get(content, "ranks", dict)
+    content = parse_object(text)
+    if content.get("format") != FORMAT:
+        raise ScheduleError(f'this is no table: "format" is {content.get("format")!r}, expected "{FORMAT}"')
+    expect_keys(content, _KEYS, "a table")
+    stages = tuple(_stage(entry, number) for number, entry in enumerate(get(content, "stages", list)))
+    domain_of = tuple(content.get("domain_of", ()))
+    layout = Layout(stages, content.get("num_ranks", 0), domain_of)
+    ranks = get(content, "ranks", dict)
     expected = {str(rank) for rank in range(layout.num_ranks)}
     if set(ranks) - expected:
         extra = ", ".join(sorted(set(ranks) - expected))
@@ -80,26 +78,7 @@ def loads(text: str) -> ScheduleTable:
     forward_only = content.get("forward_only", False)
     if not isinstance(forward_only, bool):
         raise ScheduleError(f'"forward_only" is {forward_only!r}; allowed are true and false')
-    return ScheduleTable.from_rows(layout, _get(content, "num_microbatches", int), rows, forward_only)
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON lets a key stand twice and keeps the last: a rank's row would be lost without a word."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ScheduleError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
-    return content
-
-
-def _get(content: dict[str, Any], key: str, kind: type) -> Any:
-    if key not in content:
-        raise ScheduleError(f'"{key}" is missing')
-    value = content[key]
-    if not isinstance(value, kind) or isinstance(value, bool):
-        names = {list: "a list", dict: "an object", int: "a whole number", str: "a text"}
-        raise ScheduleError(f'"{key}" is {value!r}; expected {names[kind]}')
-    return value
+    return ScheduleTable.from_rows(layout, get(content, "num_microbatches", int), rows, forward_only)
 
 
 def _stage(entry: object, number: int) -> Stage:
@@ -113,7 +92,7 @@ def _stage(entry: object, number: int) -> Stage:
         if any(not isinstance(value, int) or isinstance(value, bool) or value < 0 for value in values):
             raise ScheduleError(f'{where}: "{name}" is {entry.get(name)!r}; expected whole numbers from 0')
     name = entry.get("name", f"stage{number}")
-    return Stage(index=_get(entry, "stage", int), name=str(name), ranks=ranks, inputs=tuple(inputs))
+    return Stage(index=get(entry, "stage", int), name=str(name), ranks=ranks, inputs=tuple(inputs))
 
 
 def _row(rank: str, row: object) -> list[Action]:

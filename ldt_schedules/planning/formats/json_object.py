@@ -1,0 +1,61 @@
+"""Reading JSON that people wrote: every mistake with its place, nothing dropped without a word."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from ldt_schedules.planning.errors import ScheduleError
+
+
+def parse_object(text: str) -> dict[str, Any]:
+    """The one JSON object in `text`.
+
+    Raises:
+        ScheduleError: cut off, not JSON, no object, or a key that stands twice.
+    """
+    try:
+        content = json.loads(text, object_pairs_hook=_without_repeats)
+    except json.JSONDecodeError as error:
+        at_end = error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated string")
+        cut = "; is the file cut off?" if at_end else ""
+        raise ScheduleError(f"line {error.lineno}, column {error.colno}: {error.msg}{cut}") from None
+    except ScheduleError:
+        raise
+    except ValueError as error:  # a number of thousands of digits
+        raise ScheduleError(f"this cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ScheduleError(f"expected one JSON object, got {type(content).__name__}")
+    return content
+
+
+def expect_keys(content: dict[str, Any], allowed: Sequence[str], what: str) -> None:
+    """Raises ScheduleError for a key that is not among `allowed`."""
+    for key in content:
+        if key not in allowed:
+            raise ScheduleError(f"unknown key {key!r}; {what} has {', '.join(allowed)}")
+
+
+def get(content: dict[str, Any], key: str, kind: type) -> Any:
+    """`content[key]`, which must be of this kind.
+
+    Raises:
+        ScheduleError: it is missing or of another kind.
+    """
+    if key not in content:
+        raise ScheduleError(f'"{key}" is missing')
+    value = content[key]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        names = {list: "a list", dict: "an object", int: "a whole number", str: "a text"}
+        raise ScheduleError(f'"{key}" is {value!r}; expected {names[kind]}')
+    return value
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON lets a key stand twice and keeps the last: a rank's row would be lost without a word."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ScheduleError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+    return content

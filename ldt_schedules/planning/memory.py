@@ -1,0 +1,57 @@
+"""How much a rank holds, in the unit of `Costs.memory`.
+
+    start of F   + memory                 end of I   - (memory - memory_w)
+    end of B     - memory                 end of W   - memory_w
+
+What ends at the moment when something else starts is freed first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ldt_schedules.planning.actions import Action, Kind
+from ldt_schedules.planning.costs import Costs
+from ldt_schedules.planning.timeline import Span, Timeline
+
+_DIGITS = 9
+"""Times that agree to so many digits are one moment."""
+
+
+def peak_memory(timeline: Timeline, costs: Costs) -> tuple[float, ...]:
+    """The most each rank holds at one time; 0 for an evaluation, which keeps nothing."""
+    if all(span.action.kind is Kind.F for span in timeline.spans):
+        return (0.0,) * timeline.num_ranks
+    return tuple(_peak(row, costs) for row in timeline.rows)
+
+
+def change(action: Action, costs: Costs) -> float:
+    """What the action adds to (F, at its start) or takes from (B, I, W, at its end) what its rank holds."""
+    held = costs.held(action.stage)
+    if action.kind is Kind.F:
+        one = held
+    elif action.kind is Kind.B:
+        one = -held
+    else:
+        kept = costs.held_after_input_grad(action.stage)
+        one = -kept if action.kind is Kind.W else kept - held
+    return one * len(action.microbatches)
+
+
+def _peak(row: Iterable[Span], costs: Costs) -> float:
+    changes: list[tuple[float, int, float]] = []
+    known: dict[tuple[Kind, int, int], float] = {}
+    for span in row:
+        action = span.action
+        key = (action.kind, action.stage, len(action.microbatches))
+        if key not in known:
+            known[key] = change(action, costs)
+        if action.kind is Kind.F:
+            changes.append((round(span.start, _DIGITS), 1, known[key]))
+        else:
+            changes.append((round(span.end, _DIGITS), 0, known[key]))
+    held = peak = 0.0
+    for _, _, amount in sorted(changes):
+        held += amount
+        peak = max(peak, held)
+    return round(peak, _DIGITS)
