@@ -81,21 +81,60 @@ class Layout:
                     )
 
     @classmethod
-    def u(cls, num_ranks: int) -> Layout:
+    def u(cls, num_ranks: int, domains: int = 1) -> Layout:
         """The U over `num_ranks` pipeline ranks: stages `0..P`, stage `s` on rank `s mod P`.
 
+        With several domains the edge serves one cloud pipeline of P - 1 ranks for each of them.
+
         Raises:
-            ScheduleError: fewer than 2 ranks (an edge alone is no pipeline).
+            ScheduleError: fewer than 2 ranks (an edge alone is no pipeline), or no domain.
         """
+        return cls._ring(num_ranks, ["head", *(f"cloud{rank}" for rank in range(1, num_ranks)), "tail"], domains)
+
+    @classmethod
+    def laps(cls, num_ranks: int, laps: int = 2, domains: int = 1) -> Layout:
+        """The U walked `laps` times: stages `0..laps * P`, stage `s` on rank `s mod P`, the tail on the edge.
+
+        laps(2)    V0 edge ──► V1 cloud ──► L2 edge ──► L3 cloud ──► T4 edge       (images, language, loss)
+
+        Raises:
+            ScheduleError: fewer than 2 ranks, no lap, or no domain.
+        """
+        if laps < 1:
+            raise ScheduleError(f"a U has at least 1 lap, got {laps}")
+        names = [f"lap{s // num_ranks + 1}_{s % num_ranks}" for s in range(laps * num_ranks)]
+        return cls._ring(num_ranks, [*names, "tail"], domains)
+
+    @classmethod
+    def _ring(cls, num_ranks: int, names: list[str], domains: int) -> Layout:
         if num_ranks < 2:
             raise ScheduleError(f"a U needs at least 2 pipeline ranks (an edge and a cloud), got {num_ranks}")
-        names = ["head", *(f"cloud{rank}" for rank in range(1, num_ranks)), "tail"]
-        return cls(
-            tuple(
-                Stage(index=s, name=name, ranks=(s % num_ranks,), inputs=(s - 1,) if s else ())
-                for s, name in enumerate(names)
-            )
-        )
+        if domains < 1:
+            raise ScheduleError(f"a U has at least 1 domain, got {domains}")
+
+        def ranks(stage: int) -> tuple[int, ...]:
+            place = stage % num_ranks
+            return tuple(place + d * (num_ranks - 1) for d in range(domains)) if place else (EDGE_RANK,)
+
+        return cls(tuple(Stage(s, name, ranks(s), (s - 1,) if s else ()) for s, name in enumerate(names)))
+
+    def rings(self, laps: int) -> list[tuple[int, ...]] | None:
+        """For each domain the ranks that a U of so many laps goes round, the edge first; None: this is no such U."""
+        num_places, rest = divmod(len(self.stages) - 1, laps)
+        chain = all(stage.inputs == ((stage.index - 1,) if stage.index else ()) for stage in self.stages)
+        if rest or num_places < 2 or not chain:
+            return None
+        rings = []
+        for domain in range(self.num_domains):
+            where = [stage.ranks[domain % len(stage.ranks)] for stage in self.stages]
+            ring = tuple(where[:num_places])
+            if ring[0] != EDGE_RANK or len(set(ring)) < num_places:
+                return None
+            if any(rank != ring[s % num_places] for s, rank in enumerate(where)):
+                return None
+            rings.append(ring)
+        cloud = [rank for ring in rings for rank in ring[1:]]
+        return rings if len(set(cloud)) == len(cloud) else None
 
     @cached_property
     def forward_order(self) -> tuple[int, ...]:

@@ -1,8 +1,7 @@
 """From a compute order to a table: puts in every SEND and RECV.
 
 A planner says what each rank computes, in which order. What must travel follows from the layout; *when* to post it
-is decided here, from one global order of everything: the compute actions by the time they end in a simulation with
-default costs, each followed at once by the SENDs of what it made and, in the peers' rows, by the matching RECVs.
+is decided here, from one global order of everything: the compute actions by the time they end in a simulation, each followed at once by the SENDs of what it made and, in the peers' rows, by the matching RECVs.
 
     global order    F s0 m0 │ SEND, RECV │ F s0 m1 │ SEND, RECV │ F s1 m0 │ ...
     row of rank 0   F s0 m0   SEND_F m0    F s0 m1   SEND_F m1
@@ -29,6 +28,7 @@ from dataclasses import dataclass
 
 from ldt_schedules.planning.actions import Action, Kind
 from ldt_schedules.planning.channels import Lane, lane_of
+from ldt_schedules.planning.costs import Costs
 from ldt_schedules.planning.dependencies import Dataflow, Value, What
 from ldt_schedules.planning.errors import ScheduleError
 from ldt_schedules.planning.layout import Layout
@@ -44,6 +44,7 @@ def lower(
     compute_order: ComputeOrder,
     forward_only: bool = False,
     prefetch: int = 1,
+    costs: Costs | None = None,
 ) -> ScheduleTable:
     """The table that runs `compute_order`: equal to it once its SENDs and RECVs are left out.
 
@@ -52,6 +53,7 @@ def lower(
     Args:
         prefetch: how many compute actions earlier than the global order says a RECV is posted, so that its buffer is
             ready when the message comes.
+        costs: what the global order is simulated with; the order of messages then is that of their making.
 
     Raises:
         ScheduleError: the order cannot be run (see `simulate`), or `prefetch` is negative.
@@ -60,7 +62,7 @@ def lower(
         raise ScheduleError(f"prefetch is a number of compute actions, 0 or more, got {prefetch}")
     flow = Dataflow(layout, forward_only)
     rows: _Rows = [[] for _ in range(layout.num_ranks)]
-    for span in simulate(layout, compute_order).spans:
+    for span in simulate(layout, compute_order, costs).spans:
         rows[span.rank].append(span.action)
         for send, receiver, recv in _messages(flow, span.rank, span.action):
             rows[span.rank].append(send)

@@ -1,4 +1,4 @@
-"""Planners: `(layout, num_microbatches) -> compute order`, one file each, chosen by name."""
+"""Planners: `problem -> compute order`, one file each, chosen by name."""
 
 from __future__ import annotations
 
@@ -9,34 +9,62 @@ from ldt_schedules.planning.actions import Kind
 from ldt_schedules.planning.errors import ScheduleError
 from ldt_schedules.planning.layout import Layout
 from ldt_schedules.planning.lowering import lower
+from ldt_schedules.planning.planners.auto import auto, auto_zb
 from ldt_schedules.planning.planners.gpipe import gpipe
-from ldt_schedules.planning.planners.ldt_1f1b import ldt_1f1b
+from ldt_schedules.planning.planners.one_f_one_b import one_f_one_b
+from ldt_schedules.planning.planners.published import ldt_1f1b, ldt_2lap_1f1b, with_backwards
+from ldt_schedules.planning.problem import Problem
 from ldt_schedules.planning.table import ComputeOrder, ScheduleTable
 from ldt_schedules.planning.validator import check
 
-Planner = Callable[[Layout, int], ComputeOrder]
+Planner = Callable[[Problem], ComputeOrder]
 
-PLANNERS: dict[str, Planner] = {"ldt_1f1b": ldt_1f1b, "gpipe": gpipe}
+
+def _fixed(rule: Callable[[Layout, int], ComputeOrder]) -> Planner:
+    """A planner that looks at the layout alone."""
+    return lambda problem: with_backwards(problem, rule(problem.layout, problem.num_microbatches), split=False)
+
+
+PLANNERS: dict[str, Planner] = {
+    "ldt_1f1b": _fixed(ldt_1f1b),
+    "gpipe": _fixed(gpipe),
+    "ldt_2lap_1f1b": _fixed(ldt_2lap_1f1b),
+    "one_f_one_b": _fixed(one_f_one_b),
+    "auto": auto,
+    "auto_zb": auto_zb,
+}
 
 
 def plan(name: str, layout: Layout, num_microbatches: int, forward_only: bool = False) -> ScheduleTable:
+    """A complete, validated table for default costs. Raises as `plan_problem` does."""
+    return plan_problem(name, Problem(layout, num_microbatches), forward_only)
+
+
+def plan_problem(name: str, problem: Problem, forward_only: bool = False) -> ScheduleTable:
     """A complete, validated table.
 
     An evaluation runs the forwards of the training order, in that order: what was executable with the backwards between
     them is executable without.
 
     Raises:
-        ScheduleError: no such planner, fewer than 1 microbatch, or a layout that the planner does not know.
+        ScheduleError: no such planner, or a layout that the planner does not know.
+    """
+    order = planner(name)(problem)
+    if forward_only:
+        order = tuple(tuple(action for action in row if action.kind is Kind.F) for row in order)
+    table = lower(problem.layout, problem.num_microbatches, order, forward_only, costs=problem.costs)
+    check(table)
+    return table
+
+
+def planner(name: str) -> Planner:
+    """The planner of that name.
+
+    Raises:
+        ScheduleError: there is none; the message has the nearest name.
     """
     if name not in PLANNERS:
         near = difflib.get_close_matches(name, PLANNERS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ScheduleError(f"there is no planner {name!r}{hint} (there are {', '.join(PLANNERS)})")
-    if num_microbatches < 1:
-        raise ScheduleError(f"a step needs at least 1 microbatch, got {num_microbatches}")
-    order = PLANNERS[name](layout, num_microbatches)
-    if forward_only:
-        order = tuple(tuple(action for action in row if action.kind is Kind.F) for row in order)
-    table = lower(layout, num_microbatches, order, forward_only)
-    check(table)
-    return table
+    return PLANNERS[name]

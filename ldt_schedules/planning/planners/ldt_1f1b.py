@@ -17,10 +17,9 @@ has this K (P = 2..8: 1, 2, 2, 3, 4, 4, 5), the documentation another, and neith
 
 from __future__ import annotations
 
+from functools import partial
+
 from ldt_schedules.planning.actions import Action, Kind
-from ldt_schedules.planning.errors import ScheduleError
-from ldt_schedules.planning.layout import Layout
-from ldt_schedules.planning.table import ComputeOrder
 
 
 def turnarounds(num_ranks: int, num_microbatches: int) -> int:
@@ -28,19 +27,12 @@ def turnarounds(num_ranks: int, num_microbatches: int) -> int:
     return min(num_microbatches, (4 * num_ranks + 1) // 6)
 
 
-def ldt_1f1b(layout: Layout, num_microbatches: int) -> ComputeOrder:
-    """The order for a U of P >= 2 ranks and any M >= 1.
-
-    Raises:
-        ScheduleError: the layout is no U.
-    """
-    if layout.num_ranks < 2 or layout != Layout.u(layout.num_ranks):
-        raise ScheduleError("the ldt_1f1b order is defined for a U of one domain; plan another layout with gpipe")
-    cloud = [_cloud_row(rank, layout.num_ranks, num_microbatches) for rank in range(1, layout.num_ranks)]
-    return (_edge_row(layout.num_ranks, num_microbatches), *cloud)
+def one_lap_row(place: int, num_ranks: int, num_microbatches: int) -> list[Action]:
+    """The order of the rank at `place` of the ring (0: the edge), for microbatches 0..M-1."""
+    return (_edge_row if place == 0 else partial(_cloud_row, place))(num_ranks, num_microbatches)
 
 
-def _edge_row(num_ranks: int, num_microbatches: int) -> tuple[Action, ...]:
+def _edge_row(num_ranks: int, num_microbatches: int) -> list[Action]:
     head, tail = 0, num_ranks
     warmup = min(num_ranks, num_microbatches)
     turned = turnarounds(num_ranks, num_microbatches)
@@ -52,17 +44,17 @@ def _edge_row(num_ranks: int, num_microbatches: int) -> tuple[Action, ...]:
             row.append(_forward(head, warmup + step))
         row += [_forward(tail, turned + step), _backward(tail, turned + step), _backward(head, step)]
     row += [_backward(head, m) for m in range(num_microbatches - turned, num_microbatches)]
-    return tuple(row)
+    return row
 
 
-def _cloud_row(rank: int, num_ranks: int, num_microbatches: int) -> tuple[Action, ...]:
+def _cloud_row(rank: int, num_ranks: int, num_microbatches: int) -> list[Action]:
     warmup = min(num_ranks - rank, num_microbatches)
     row = [_forward(rank, m) for m in range(warmup)]
     for m in range(num_microbatches):
         if warmup + m < num_microbatches:
             row.append(_forward(rank, warmup + m))
         row.append(_backward(rank, m))
-    return tuple(row)
+    return row
 
 
 def _forward(stage: int, microbatch: int) -> Action:

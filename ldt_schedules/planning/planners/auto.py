@@ -1,0 +1,144 @@
+"""Plans near the proven limit: `auto` (fused backwards) and `auto_zb` (input and weight gradients apart).
+
+    1. list-schedule by the published order and by first guesses (`priorities`); stop at once where a bound is met
+    2. justify the best of them (`improvement`)
+    3. long steps: plan a short step thoroughly and repeat its middle
+    4. shake
+    5. compare with the published order, if that fits into the memory: never return anything worse
+
+Cost: a fixed number of instances is scheduled, at 2 to 5 microseconds each; of a step that is too long for that, a
+fixed number of passes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from ldt_schedules.planning.actions import Action, Kind
+from ldt_schedules.planning.bounds import lower_bounds
+from ldt_schedules.planning.memory import peak_memory
+from ldt_schedules.planning.planners.improvement import CLOSE_ENOUGH, Search, repeated
+from ldt_schedules.planning.planners.list_scheduling import Plan, Targets
+from ldt_schedules.planning.planners.priorities import seeds
+from ldt_schedules.planning.planners.published import published, with_backwards
+from ldt_schedules.planning.problem import MEMORY_SLACK, Problem
+from ldt_schedules.planning.simulator import simulate
+from ldt_schedules.planning.table import ComputeOrder
+from ldt_schedules.planning.work_graph import WorkGraph, work_graph
+
+EFFORT = 400_000
+"""Instances that one plan may schedule: about 1.5 s."""
+
+_SEED_SHARE, _SHORT_SHARE = 0.35, 0.3
+_FEWEST_PASSES = 4
+_JUSTIFIED = 6
+_ROUNDS = 6
+_SHORT_LIMIT = 16
+
+
+def auto(problem: Problem, effort: int = EFFORT) -> ComputeOrder:
+    """The best order we can find with every backward in one piece, where stages allow that."""
+    return _plan(problem, False, effort)
+
+
+def auto_zb(problem: Problem, effort: int = EFFORT) -> ComputeOrder:
+    """The best order with input and weight gradients apart (zero bubble, Qi et al., arXiv:2401.10241)."""
+    return _plan(problem, True, effort)
+
+
+def _plan(problem: Problem, split: bool, effort: int) -> ComputeOrder:
+    bound = lower_bounds(problem, split).best
+    known = with_backwards(problem, published(problem), split)
+    timeline = simulate(problem.layout, known, problem.costs)
+    peaks = peak_memory(timeline, problem.costs)
+    fits = all(peak <= problem.cap(rank) + MEMORY_SLACK for rank, peak in enumerate(peaks))
+    if fits and timeline.makespan <= bound * (1 + CLOSE_ENOUGH):
+        return known
+    graph = work_graph(problem, split)
+    found = _search(problem, graph, bound, effort, known)
+    order = graph.order(found.starts) if found is not None else _one_at_a_time(graph)
+    if fits and timeline.makespan <= simulate(problem.layout, order, problem.costs).makespan:
+        return known
+    return order
+
+
+def _search(
+    problem: Problem, graph: WorkGraph, bound: float, effort: int, known: ComputeOrder | None = None
+) -> Plan | None:
+    search = Search(graph, bound)
+    size = graph.num_instances
+    plans = [search.try_targets(_targets_of(graph, known))] if known else []
+    short = _short_step(problem, graph)
+    long = size * 20 > effort and short is not None
+    if long and short is not None:
+        plans += _from_short_step(search, problem, short, graph, effort)
+    enough = max(_FEWEST_PASSES * size, int(_SEED_SHARE * effort))
+    for targets, room in seeds(graph):
+        if search.done or search.effort >= enough + (size if plans else 0) * 2:
+            break
+        plans.append(search.try_targets(targets, room))
+    there = sorted((plan for plan in plans if plan is not None), key=lambda plan: plan.makespan)
+    for plan in there[: _JUSTIFIED if size * 40 < effort else 1]:
+        if not search.done:
+            search.justify(plan, _ROUNDS)
+    if not long and not search.done and short is not None:
+        for plan in _from_short_step(search, problem, short, graph, effort):
+            if plan is not None and not search.done:
+                search.justify(plan, _ROUNDS)
+    search.shake(int((1 - _SEED_SHARE - _SHORT_SHARE) * effort))
+    return search.best
+
+
+def _from_short_step(
+    search: Search, problem: Problem, num_microbatches: int, graph: WorkGraph, effort: int
+) -> list[Plan | None]:
+    """Schedules whose middle repeats that of a thorough plan for fewer microbatches."""
+    small = replace(problem, num_microbatches=num_microbatches)
+    few = work_graph(small, split=any(work.kind is Kind.I for work in graph.works))
+    split = any(work.kind is Kind.I for work in graph.works)
+    plan = _search(small, few, lower_bounds(small, split).best, int(_SHORT_SHARE * effort))
+    plans: list[Plan | None] = []
+    if plan is not None:
+        for targets in repeated(plan, [len(work.durations) for work in graph.works]):
+            if search.done or (plans and search.effort > effort):
+                break
+            plans.append(search.try_targets(targets))
+    return plans
+
+
+def _short_step(problem: Problem, graph: WorkGraph) -> int | None:
+    """Microbatches of a step that is just long enough to have a steady state; None when this one is not much longer.
+
+    The pipeline is full once a round trip's worth of the busiest rank's work is under way.
+    """
+    domains = problem.layout.num_domains
+    if not problem.is_uniform or problem.layout.domain_of or problem.num_microbatches % domains:
+        return None
+    ends: list[float] = []
+    for index, work in enumerate(graph.works):
+        into = (ends[arc.source] + arc.delay for arc in graph.into[index])
+        ends.append(max(into, default=0.0) + work.durations[0])
+    load = [0.0] * graph.num_ranks
+    for work in graph.works:
+        load[work.rank] += work.durations[0]
+    filling = math.ceil(max(ends) / max(load)) if max(load) > 0 else 1
+    per_domain = 2 * filling + 4
+    if len(graph.works) * _SHORT_LIMIT < 4000:
+        per_domain = min(per_domain, max(_SHORT_LIMIT, filling + 4))
+    count = per_domain * domains
+    return count if problem.num_microbatches >= 1.5 * count else None
+
+
+def _targets_of(graph: WorkGraph, order: ComputeOrder) -> Targets:
+    """Positions in an order as targets."""
+    place = {(a.kind, a.stage, a.microbatches[0]): float(i) for row in order for i, a in enumerate(row)}
+    return [[place[work.kind, work.stage, m] for m in work.microbatches] for work in graph.works]
+
+
+def _one_at_a_time(graph: WorkGraph) -> ComputeOrder:
+    """One microbatch after the other: slow, and possible with whatever memory a single one needs."""
+    rows: list[list[tuple[int, int, Action]]] = [[] for _ in range(graph.num_ranks)]
+    for index, work in enumerate(graph.works):
+        rows[work.rank] += [(m, index, Action(work.kind, work.stage, (m,))) for m in work.microbatches]
+    return tuple(tuple(action for _, _, action in sorted(row, key=lambda entry: entry[:2])) for row in rows)
