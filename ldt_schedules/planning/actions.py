@@ -33,22 +33,17 @@ class Kind(str, Enum):
     SEND_B = "SEND_B"
     RECV_B = "RECV_B"
 
-    @property
-    def is_send(self) -> bool:
-        return self in (Kind.SEND_F, Kind.SEND_B)
+    # Set once for each member: these are asked for every action of tables with several hundred thousand.
+    is_send: bool
+    is_recv: bool
+    is_compute: bool
+    is_forward: bool
+    """Does it belong to the forward pass, so that an evaluation has it too?"""
 
-    @property
-    def is_recv(self) -> bool:
-        return self in (Kind.RECV_F, Kind.RECV_B)
-
-    @property
-    def is_compute(self) -> bool:
-        return not (self.is_send or self.is_recv)
-
-    @property
-    def is_forward(self) -> bool:
-        """Does it belong to the forward pass, so that an evaluation has it too?"""
-        return self in (Kind.F, Kind.SEND_F, Kind.RECV_F)
+    def __init__(self, text: str) -> None:
+        self.is_send, self.is_recv = text.startswith("SEND"), text.startswith("RECV")
+        self.is_compute = not (self.is_send or self.is_recv)
+        self.is_forward = text in ("F", "SEND_F", "RECV_F")
 
     def __str__(self) -> str:
         return self.value
@@ -79,14 +74,14 @@ class Action:
     other: int | None = None
 
     def __post_init__(self) -> None:
-        if self.kind.is_compute and self.peer is not None:
-            raise ScheduleError(f"{self.kind} computes, so it takes no peer, but names rank {self.peer}")
-        if not self.kind.is_compute and self.peer is None:
+        if self.kind.is_compute is not (self.peer is None):
             raise ScheduleError(
-                f"{self.kind} s{self.stage} names no peer; write {self.kind} s{self.stage} m… "
+                f"{self.kind} computes, so it takes no peer, but names rank {self.peer}"
+                if self.kind.is_compute
+                else f"{self.kind} s{self.stage} names no peer; write {self.kind} s{self.stage} m… "
                 f"{'->' if self.kind.is_send else '<-'}RANK"
             )
-        if not self.microbatches or len(set(self.microbatches)) != len(self.microbatches):
+        if len(self.microbatches) != 1 and len(set(self.microbatches) or ((),)) != len(self.microbatches):
             raise ScheduleError(f"{self.kind} s{self.stage} needs different microbatches, got {self.microbatches}")
 
     def __str__(self) -> str:

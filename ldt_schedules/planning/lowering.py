@@ -27,11 +27,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ldt_schedules.planning.actions import Action, Kind
+from ldt_schedules.planning.bulk import many_objects
 from ldt_schedules.planning.channels import Lane, lane_of
 from ldt_schedules.planning.costs import Costs
 from ldt_schedules.planning.dependencies import Dataflow, Value, What
 from ldt_schedules.planning.errors import ScheduleError
 from ldt_schedules.planning.layout import Layout
+from ldt_schedules.planning.numbering import Key, Numbering
 from ldt_schedules.planning.simulator import simulate
 from ldt_schedules.planning.table import ComputeOrder, ScheduleTable
 
@@ -60,34 +62,58 @@ def lower(
     """
     if prefetch < 0:
         raise ScheduleError(f"prefetch is a number of compute actions, 0 or more, got {prefetch}")
-    flow = Dataflow(layout, forward_only)
+    with many_objects():
+        rows = _rows_with_messages(layout, num_microbatches, compute_order, forward_only, costs)
+        if prefetch:
+            rows = [_hoist_receives(rank, row, prefetch) for rank, row in enumerate(rows)]
+        return ScheduleTable.from_rows(layout, num_microbatches, rows, forward_only)
+
+
+def _rows_with_messages(
+    layout: Layout, num_microbatches: int, compute_order: ComputeOrder, forward_only: bool, costs: Costs | None
+) -> _Rows:
+    numbers = Numbering(Dataflow(layout, forward_only), num_microbatches)
+    routes: dict[Key, list[_Route]] = {}
     rows: _Rows = [[] for _ in range(layout.num_ranks)]
     for span in simulate(layout, compute_order, costs).spans:
-        rows[span.rank].append(span.action)
-        for send, receiver, recv in _messages(flow, span.rank, span.action):
-            rows[span.rank].append(send)
-            rows[receiver].append(recv)
-    if prefetch:
-        rows = [_hoist_receives(rank, row, prefetch) for rank, row in enumerate(rows)]
-    return ScheduleTable.from_rows(layout, num_microbatches, rows, forward_only)
+        action, rank = span.action, span.rank
+        rows[rank].append(action)
+        key = numbers.key(action)
+        if key not in routes:
+            routes[key] = _routes(numbers.flow, action)
+        for m in action.microbatches:
+            for route in routes[key]:
+                rows[rank].append(Action(route.send, action.stage, (m,), route.receiver, route.there))
+                rows[route.receiver].append(Action(route.recv, route.other, (m,), rank, route.here))
+    return rows
 
 
-def _messages(flow: Dataflow, rank: int, action: Action) -> list[tuple[Action, int, Action]]:
-    """For each message the action gives rise to: the SEND, the peer's rank, the peer's RECV."""
-    messages = []
-    for value in flow.makes(action):
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """A message that actions of one family give rise to: its SEND, its RECV at stage `other` on `receiver`, and the
+    stages that must be written `there` (in the SEND) and `here` (in the RECV)."""
+
+    send: Kind
+    recv: Kind
+    other: int
+    receiver: int
+    there: int | None
+    here: int | None
+
+
+def _routes(flow: Dataflow, action: Action) -> list[_Route]:
+    routes = []
+    for value in flow.makes(Action(action.kind, action.stage, action.microbatches[:1])):
         if value.what is What.OUTPUT:
-            send_kind, recv_kind = Kind.SEND_F, Kind.RECV_F
+            kinds = Kind.SEND_F, Kind.RECV_F
         elif value.what is What.INPUT_GRAD:
-            send_kind, recv_kind = Kind.SEND_B, Kind.RECV_B
+            kinds = Kind.SEND_B, Kind.RECV_B
         else:
             continue
-        microbatches = (value.microbatch,)
-        receiver = flow.layout.rank_of(value.other, value.microbatch)
         here, there = _written(flow.layout, value)
-        send = Action(send_kind, value.stage, microbatches, receiver, there)
-        messages.append((send, receiver, Action(recv_kind, value.other, microbatches, rank, here)))
-    return messages
+        receiver = flow.layout.rank_of(value.other, value.microbatch)
+        routes.append(_Route(*kinds, value.other, receiver, there, here))
+    return routes
 
 
 def _written(layout: Layout, value: Value) -> tuple[int | None, int | None]:
@@ -119,17 +145,21 @@ def _hoist_receives(rank: int, row: list[Action], prefetch: int) -> list[Action]
     """
     compute = [action for action in row if action.kind.is_compute]
     gaps = [_Gap([], []) for _ in range(len(compute) + 1)]
+    lanes: dict[tuple[int | None, bool], Lane] = {}
     last_send: dict[Lane, int] = {}
     here = last_recv = 0
     for action in row:
         if action.kind.is_compute:
             here += 1
             continue
+        way = (action.peer, action.kind.is_send)
+        if way not in lanes:
+            lanes[way] = lane_of(rank, action)
         if action.kind.is_send:
-            last_send[lane_of(rank, action)] = here
+            last_send[lanes[way]] = here
             gaps[here].stays.append(action)
             continue
-        target = max(here - prefetch, last_recv, last_send.get(lane_of(rank, action), 0))
+        target = max(here - prefetch, last_recv, last_send.get(lanes[way], 0))
         (gaps[target].hoisted if target < here else gaps[here].stays).append(action)
         last_recv = target
     hoisted_row = [*gaps[0].stays, *gaps[0].hoisted]

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 from ldt_schedules.planning.actions import Action, Kind
 from ldt_schedules.planning.costs import Costs
+from ldt_schedules.planning.problem import MEMORY_SLACK, Problem
 from ldt_schedules.planning.timeline import Span, Timeline
 
 _DIGITS = 9
@@ -36,6 +37,20 @@ def change(action: Action, costs: Costs) -> float:
         kept = costs.held_after_input_grad(action.stage)
         one = -kept if action.kind is Kind.W else kept - held
     return one * len(action.microbatches)
+
+
+def first_excess(row: Iterable[Action], problem: Problem, rank: int) -> tuple[int, float] | None:
+    """(index, held) of the first action of a row at which the rank holds more than it may; None: it never does.
+
+    One computation at a time, so the order of the row is the order of the changes.
+    """
+    held = 0.0
+    for index, action in enumerate(row):
+        if action.kind.is_compute:
+            held += change(action, problem.costs)
+            if held > problem.cap(rank) + MEMORY_SLACK:
+                return index, held
+    return None
 
 
 def _peak(row: Iterable[Span], costs: Costs) -> float:

@@ -1,113 +1,196 @@
-"""Does a table run to its end when a message needs both sides? Plays it without times.
+"""Does a table run to its end? Plays it without times, under one of three assumptions about messages:
 
-Rendezvous: posting a SEND or RECV takes no time, but a message passes only once both sides have posted it. Each lane of
-a rank works in order, as a communicator does: what was posted first must pass first. A computation waits for what it
-takes. If then nobody can go on, nobody ever will.
+    buffered     a SEND leaves its message in a mailbox; a RECV is there to pick it up
+    rendezvous   posting takes no time, but a message passes only once both sides have posted it, and each lane of a rank
+                 works in order, as a communicator does: what was posted first must pass first
+    blocking     rendezvous, and a rank also waits for each of its own messages before it goes on
 
-That is the strictest model the runtime can meet: a transport that buffers, or matches by tag, only waits less.
+A computation waits for what it takes. If then nobody can go on, nobody ever will, and some ranks wait for each other in
+a circle. Rendezvous is the strictest that the runtime can meet; a transport that buffers, or matches by tag, waits less.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections import deque
+from dataclasses import dataclass
+from enum import Enum
 
 from ldt_schedules.planning.actions import Action
 from ldt_schedules.planning.channels import Lane, lane_of
-from ldt_schedules.planning.dependencies import Dataflow, Value
+from ldt_schedules.planning.dependencies import Dataflow
+from ldt_schedules.planning.numbering import Numbering
 from ldt_schedules.planning.table import ScheduleTable
 
-Post = tuple[Value, int]
-"""A message and the other rank."""
+
+class Semantics(str, Enum):
+    """How messages pass; the three assumptions above."""
+
+    BUFFERED = "buffered"
+    RENDEZVOUS = "rendezvous"
+    BLOCKING = "blocking"
 
 
-def waiting_forever(table: ScheduleTable, blocking: bool = False) -> Iterator[tuple[int, int, str]]:
-    """`(rank, index of the action it stands at, what it waits for)` for every rank that cannot finish.
+@dataclass(frozen=True, slots=True)
+class Stuck:
+    """A rank that cannot finish: the index of the action it stands at (the length of its row: it is through, but a
+    message it posted never passes), what it waits for in words, and the ranks that it waits for."""
 
-    The table must be sound otherwise (all values made and taken once). With `blocking` a rank also waits for each of its
-    own messages before it goes on.
-    """
-    return _Progress(table, blocking).run()
+    rank: int
+    index: int
+    why: str
+    waits_for: tuple[int, ...]
 
 
-class _Progress:
-    def __init__(self, table: ScheduleTable, blocking: bool) -> None:
-        self.rows, self.blocking = table.ranks, blocking
-        self.flow = Dataflow(table.layout, table.forward_only)
+def waiting_forever(
+    table: ScheduleTable, semantics: Semantics = Semantics.RENDEZVOUS, numbers: Numbering | None = None
+) -> list[Stuck]:
+    """Every rank that cannot finish. The table must be sound otherwise (all values made and taken once)."""
+    return _Play(table, semantics, numbers or numbering_of(table)).run()
+
+
+def numbering_of(table: ScheduleTable) -> Numbering:
+    """Numbers for the values of a table."""
+    return Numbering(Dataflow(table.layout, table.forward_only), table.num_microbatches)
+
+
+def circle(stuck: list[Stuck]) -> list[Stuck]:
+    """Stuck ranks that wait for each other, each for the next and the last for the first; empty if there are none."""
+    by_rank = {one.rank: one for one in stuck}
+    for start in stuck:
+        path: list[int] = []
+        rank: int | None = start.rank
+        while rank is not None and rank not in path:
+            path.append(rank)
+            rank = next((r for r in by_rank[rank].waits_for if r in by_rank), None)
+        if rank is not None:
+            return [by_rank[r] for r in path[path.index(rank) :]]
+    return []
+
+
+class _Play:
+    def __init__(self, table: ScheduleTable, semantics: Semantics, numbers: Numbering) -> None:
+        self.rows, self.semantics, self.numbers = table.ranks, semantics, numbers
         self.position = [0] * len(self.rows)
-        self.there: set[Value] = set()
-        self.passed: set[Value] = set()
-        self.posted: set[tuple[int, int]] = set()
-        # What each rank has posted on each of its lanes and has not passed yet, in order.
-        self.queues: dict[tuple[int, Lane], deque[Post]] = defaultdict(deque)
+        self.waits = [-1] * len(self.rows)  # the value a rank waits for
+        families = [[numbers.family(action) for action in row] for row in self.rows]
+        self.families = families
+        self.there = bytearray(numbers.size)
+        self.passed = bytearray(numbers.size)
+        self.lanes = list(Lane)
+        self.lane_numbers: dict[tuple[int, object, object], int] = {}
+        # What each rank has posted on each of its lanes and has not passed yet, in order: (message, other rank).
+        self.queues: list[list[deque[tuple[int, int]]]] = [[deque() for _ in Lane] for _ in self.rows]
+        self.received_as: dict[int, int] = {}
+        for row, row_families in zip(self.rows, families, strict=True):
+            for action, family in zip(row, row_families, strict=True):
+                if action.kind.is_recv:
+                    self.received_as[family.takes[0]] = family.makes[0]
+        self.ready: list[int] = []
 
-    def run(self) -> Iterator[tuple[int, int, str]]:
-        ready = deque(range(len(self.rows)))
-        while ready:
-            rank = ready.popleft()
-            went_on = True
-            while went_on and self.position[rank] < len(self.rows[rank]):
-                went_on = self._step(rank)
-                ready.extend(self._pass_messages(rank))
+    def run(self) -> list[Stuck]:
+        self.ready = list(range(len(self.rows)))
+        while self.ready:
+            self._advance(self.ready.pop())
+        stuck = [self._stuck(r) for r, row in enumerate(self.rows) if self.position[r] < len(row)]
         for rank, row in enumerate(self.rows):
-            if self.position[rank] < len(row):
-                yield rank, self.position[rank], self._why(rank, row[self.position[rank]])
-            elif any(queue for (owner, _), queue in self.queues.items() if owner == rank):
-                yield rank, len(row) - 1, "at the end of its row: a message it posted never passes"
+            heads = [queue[0] for queue in self.queues[rank] if queue]
+            if self.position[rank] == len(row) and heads:
+                why = "is through, but a message it posted never passes"
+                stuck.append(Stuck(rank, len(row), why, tuple(peer for _, peer in heads)))
+        return sorted(stuck, key=lambda one: one.rank)
 
-    def _step(self, rank: int) -> bool:
-        """Run or post the rank's next action; False when it must wait."""
-        action = self.rows[rank][self.position[rank]]
-        if action.kind.is_recv:
-            if not self._post(rank, action, self.flow.takes(action)):
-                return False
-        elif not all(value in self.there for value in self.flow.takes(action)):
+    def _advance(self, rank: int) -> None:
+        row, families, there = self.rows[rank], self.families[rank], self.there
+        while self.position[rank] < len(row):
+            action, family = row[self.position[rank]], families[self.position[rank]]
+            if not action.kind.is_recv:
+                for m in action.microbatches:
+                    for base in family.takes:
+                        if not there[base + m]:
+                            self.waits[rank] = base + m
+                            return
+            if action.kind.is_compute:
+                for m in action.microbatches:
+                    for base in family.makes:
+                        there[base + m] = 1
+            elif not self._post(rank, action, family.takes if action.kind.is_recv else family.makes):
+                return
+            self.position[rank] += 1
+
+    def _post(self, rank: int, action: Action, bases: tuple[int, ...]) -> bool:
+        """Post a SEND or RECV; True when the rank may go on."""
+        peer = action.peer
+        assert peer is not None
+        messages = [base + m for m in action.microbatches for base in bases]
+        if self.semantics is Semantics.BUFFERED:
+            if action.kind.is_send:
+                for message in messages:
+                    self._arrive(message, peer)
+            return True
+        if self.semantics is Semantics.BLOCKING and self.waits[rank] == messages[-1]:
+            return bool(self.passed[messages[-1]])  # posted when the rank came here first
+        lane = self._lane(rank, action)
+        queue = self.queues[rank][lane]
+        first = not queue
+        queue.extend((message, peer) for message in messages)
+        if first:
+            self._pass_messages(rank, lane)
+        if self.semantics is Semantics.BLOCKING and not self.passed[messages[-1]]:
+            self.waits[rank] = messages[-1]
             return False
-        elif action.kind.is_send:
-            if not self._post(rank, action, self.flow.makes(action)):
-                return False
-        else:
-            self.there.update(self.flow.makes(action))
-        self.position[rank] += 1
         return True
 
-    def _post(self, rank: int, action: Action, messages: list[Value]) -> bool:
-        """True when the rank may go on."""
-        assert action.peer is not None
-        # A blocked rank comes back to the same action; what it posted then is posted already.
-        if (rank, self.position[rank]) not in self.posted:
-            self.posted.add((rank, self.position[rank]))
-            self.queues[rank, lane_of(rank, action)].extend((message, action.peer) for message in messages)
-        return not self.blocking or all(message in self.passed for message in messages)
+    def _lane(self, rank: int, action: Action) -> int:
+        key = (rank, action.peer, action.kind.is_send)
+        known = self.lane_numbers.get(key)
+        if known is None:
+            known = self.lane_numbers[key] = self.lanes.index(lane_of(rank, action))
+        return known
 
-    def _pass_messages(self, rank: int) -> list[int]:
-        """Let pass what both sides now have at the head of their lanes; returns the ranks this may have freed."""
-        freed: list[int] = []
+    def _pass_messages(self, rank: int, lane: int) -> None:
+        """Let pass what both sides now have at the head of this lane."""
         look_at = [rank]
         while look_at:
             owner = look_at.pop()
-            for path in Lane:
-                queue = self.queues[owner, path]
-                while queue:
-                    message, peer = queue[0]
-                    other = self.queues[peer, path]
-                    if not other or other[0] != (message, owner):
-                        break
-                    queue.popleft()
-                    other.popleft()
-                    self._arrive(message)
-                    freed += [owner, peer]
-                    look_at.append(peer)
-        return freed
+            queue = self.queues[owner][lane]
+            while queue:
+                message, peer = queue[0]
+                other = self.queues[peer][lane]
+                if not other or other[0] != (message, owner):
+                    break
+                queue.popleft()
+                other.popleft()
+                self.passed[message] = 1
+                self._arrive(message, owner)
+                self._arrive(message, peer)
+                look_at.append(peer)
 
-    def _arrive(self, message: Value) -> None:
-        self.passed.add(message)
-        self.there.add(self.flow.received_as(message))
+    def _arrive(self, message: int, rank: int) -> None:
+        """The message is there: note it, and look at `rank` again if it waits for it."""
+        m = message % self.numbers.num_microbatches
+        number = self.received_as[message - m] + m
+        self.there[number] = 1
+        if self.waits[rank] in (number, message):
+            self.ready.append(rank)
 
-    def _why(self, rank: int, action: Action) -> str:
-        missing = [value for value in self.flow.takes(action) if value not in self.there and not action.kind.is_recv]
-        heads = [
-            f"{queue[0][0]} with rank {queue[0][1]}" for (r, _), queue in self.queues.items() if r == rank and queue
+    def _stuck(self, rank: int) -> Stuck:
+        index = self.position[rank]
+        action = self.rows[rank][index]
+        heads = [queue[0] for queue in self.queues[rank] if queue]
+        missing = self.waits[rank]
+        senders = [
+            peer
+            for message, peer in heads
+            if missing == message or missing == self.received_as.get(message - message % self.numbers.num_microbatches, -1)
         ]
-        waits = ", ".join(map(str, missing)) or "its own message"
-        return f"waits for ever for the {waits}" + (f"; first in its lanes: {'; '.join(heads)}" if heads else "")
+        peers = [peer for _, peer in heads]
+        for posted in (a for a in self.rows[rank] if a.kind.is_recv):
+            family = self.numbers.family(posted)
+            if missing in [base + m for base in family.makes for m in posted.microbatches] and posted.peer is not None:
+                senders.append(posted.peer)
+        if not action.kind.is_compute and action.peer is not None:
+            senders.append(action.peer)
+        what = self.numbers.value(missing)
+        first = "; ".join(f"{self.numbers.value(message)} with rank {peer}" for message, peer in heads)
+        why = f"waits for ever for the {what}" + (f"; first in its lanes: {first}" if heads else "")
+        return Stuck(rank, index, why, tuple(dict.fromkeys(senders + peers)))

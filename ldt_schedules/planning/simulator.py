@@ -19,14 +19,14 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from ldt_schedules.planning.actions import Action, Kind
-from ldt_schedules.planning.costs import Costs, Link
+from ldt_schedules.planning.bulk import many_objects
+from ldt_schedules.planning.costs import Costs
 from ldt_schedules.planning.dependencies import Dataflow, What
 from ldt_schedules.planning.errors import ScheduleError
 from ldt_schedules.planning.layout import Layout
-from ldt_schedules.planning.numbering import Numbering
+from ldt_schedules.planning.numbering import Key, Numbering
 from ldt_schedules.planning.timeline import Span, Timeline, Transfer
 
 
@@ -43,32 +43,38 @@ def simulate(layout: Layout, rows: Sequence[Sequence[Action]], costs: Costs | No
     costs.check_fit(layout)
     if len(rows) != layout.num_ranks:
         raise ScheduleError(f"the layout has {layout.num_ranks} pipeline ranks, the order has {len(rows)} rows")
-    return _Simulation(layout, rows, costs).run()
-
-
-class _Step(NamedTuple):
-    """An entry of a row, prepared: what it takes, and the messages it posts (None in a table: its SENDs do)."""
-
-    action: Action
-    duration: float
-    takes: list[int]
-    makes: list[int]
-    messages: list[_Message]
+    with many_objects():
+        return _Simulation(layout, rows, costs).run()
 
 
 @dataclass(frozen=True, slots=True)
 class _Message:
+    """The messages of a family: what is posted (`base`), what it is called on arrival, and its way."""
+
+    base: int
     arrives_as: int
+    sender: int
     receiver: int
-    send: Action
+    send: tuple[Kind, int, int | None]
     transmission: float
-    link: Link
-    wire: object
+    latency: float
+    wire: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    """What the actions of a family have in common (see `numbering`)."""
+
+    posts: bool
+    duration: float | None
+    takes: tuple[int, ...]
+    makes: tuple[int, ...]
+    messages: tuple[_Message, ...]
 
 
 class _Simulation:
-    """`position[r]` is the index of the step rank r is to run next; `there` the values that are there, with the time
-    at which the computation that made them ended."""
+    """`position[r]` is the index of the step rank r is to run next; `there[v]` is when the computation that made value v
+    ended, once v is there."""
 
     def __init__(self, layout: Layout, rows: Sequence[Sequence[Action]], costs: Costs) -> None:
         self.layout, self.costs = layout, costs
@@ -76,17 +82,16 @@ class _Simulation:
         microbatches = 1 + max((m for row in rows for action in row for m in action.microbatches), default=0)
         self.numbers = Numbering(self.flow, microbatches)
         self.posts_itself = not any(action.kind.is_send for row in rows for action in row)
-        self.durations: dict[tuple[Kind, int], float | None] = {}
-        self.rows = [
-            [self._prepare(rank, action) for action in row if not action.kind.is_recv] for rank, row in enumerate(rows)
-        ]
+        self.wires: dict[object, int] = {}
+        self.rows = self._prepare(rows)
         self.position = [0] * len(rows)
         self.busy = [False] * len(rows)
         self.free = [0.0] * len(rows)
         self.exposed = [0.0] * len(rows)
-        self.there: dict[int, float] = {}
-        self.wire_free: dict[object, float] = {}
-        self.events: list[tuple[float, int, int, object]] = []
+        self.there: list[float | None] = [None] * self.numbers.size
+        self.wire_free = [0.0] * len(self.wires)
+        # (time, how many were caused before, rank, value that arrives or -1: its computation ends, when it was made)
+        self.events: list[tuple[float, int, int, int, float]] = []
         self.caused = 0
         self.spans: list[Span] = []
         self.transfers: list[Transfer] = []
@@ -95,89 +100,115 @@ class _Simulation:
         for rank in range(len(self.rows)):
             self._go_on(rank, 0.0)
         while self.events:
-            now, _, rank, what = heapq.heappop(self.events)
-            if isinstance(what, _Step):
-                self._finish(rank, what, now)
+            now, _, rank, number, made = heapq.heappop(self.events)
+            if number < 0:
+                self._finish(rank, now)
             else:
-                number, made = what  # type: ignore[misc]
                 self.there[number] = made
-            self._go_on(rank, now)
+            if not self.busy[rank]:
+                self._go_on(rank, now)
         self._check_done()
         return Timeline(len(self.rows), tuple(self.spans), tuple(self.transfers), tuple(self.exposed))
 
-    def _prepare(self, rank: int, action: Action) -> _Step:
-        takes = self.numbers.takes(action)
-        if action.kind.is_send:
-            return _Step(action, 0.0, takes, [], [self._message(rank, action, number) for number in takes])
-        makes, messages = [], []
-        for number in self.numbers.makes(action):
-            value = self.numbers.value(number)
-            if value.what in (What.OUTPUT, What.INPUT_GRAD) and self.posts_itself:
-                send = Kind.SEND_F if value.what is What.OUTPUT else Kind.SEND_B
-                peer = self.layout.rank_of(value.other, value.microbatch)
-                posted = Action(send, value.stage, (value.microbatch,), peer, value.other)
-                messages.append(self._message(rank, posted, number))
-            else:
-                makes.append(number)
-        return _Step(action, self._duration(action), takes, makes, messages)
+    def _prepare(self, rows: Sequence[Sequence[Action]]) -> list[list[tuple[Action, _Steps]]]:
+        known: dict[Key, _Steps] = {}
+        prepared: list[list[tuple[Action, _Steps]]] = []
+        for rank, row in enumerate(rows):
+            steps = []
+            for action in row:
+                if action.kind.is_recv:
+                    continue
+                key = self.numbers.key(action)
+                if key not in known:
+                    known[key] = self._steps(rank, action)
+                steps.append((action, known[key]))
+            prepared.append(steps)
+        return prepared
 
-    def _message(self, rank: int, send: Action, number: int) -> _Message:
-        value = self.numbers.value(number)
+    def _steps(self, rank: int, action: Action) -> _Steps:
+        family = self.numbers.family(action)
+        if action.kind.is_send:
+            return _Steps(True, None, family.takes, (), tuple(self._message(rank, action, n) for n in family.takes))
+        makes, messages = [], []
+        for base in family.makes:
+            what, stage, other = self.numbers.what(base)
+            if what in (What.OUTPUT, What.INPUT_GRAD) and self.posts_itself:
+                kind = Kind.SEND_F if what is What.OUTPUT else Kind.SEND_B
+                peer = self.layout.rank_of(other, action.microbatches[0])
+                messages.append(self._message(rank, Action(kind, stage, action.microbatches, peer, other), base))
+            else:
+                makes.append(base)
+        uniform = self.costs.is_uniform(action.kind, action.stage)
+        duration = self.costs.time(action.kind, action.stage, action.microbatches[0]) if uniform else None
+        return _Steps(False, duration, family.takes, tuple(makes), tuple(messages))
+
+    def _message(self, rank: int, send: Action, base: int) -> _Message:
+        value = self.numbers.value(base)
         assert send.peer is not None
         forward = send.kind is Kind.SEND_F
         edge = (value.stage, value.other) if forward else (value.other, value.stage)
         link = self.costs.link(rank, send.peer)
-        transmission = link.transmission(self.costs.size(*edge, forward))
-        arrives_as = self.numbers.number(self.flow.delivery(value))
-        return _Message(arrives_as, send.peer, send, transmission, link, link.resource or (rank, send.peer))
-
-    def _duration(self, action: Action) -> float:
-        """`Costs.duration`, remembered where all microbatches take the same time."""
-        key = (action.kind, action.stage)
-        if key not in self.durations:
-            uniform = self.costs.is_uniform(*key)
-            self.durations[key] = self.costs.time(*key, action.microbatches[0]) if uniform else None
-        one = self.durations[key]
-        return self.costs.duration(action) if one is None else one * len(action.microbatches)
+        return _Message(
+            base=base,
+            arrives_as=self.numbers.base(self.flow.delivery(value)),
+            sender=rank,
+            receiver=send.peer,
+            send=(send.kind, send.stage, send.other),
+            transmission=link.transmission(self.costs.size(*edge, forward)),
+            latency=link.latency,
+            wire=self.wires.setdefault(link.resource or (rank, send.peer), len(self.wires)),
+        )
 
     def _go_on(self, rank: int, now: float) -> None:
         """Let the rank post its messages and start its next computation, if it can."""
         row, there = self.rows[rank], self.there
-        while not self.busy[rank] and self.position[rank] < len(row):
-            step = row[self.position[rank]]
-            for number in step.takes:
-                if number not in there:
-                    return
+        while self.position[rank] < len(row):
+            action, steps = row[self.position[rank]]
+            made_last = 0.0
+            for m in action.microbatches:
+                for base in steps.takes:
+                    made = there[base + m]
+                    if made is None:
+                        return
+                    if made > made_last:
+                        made_last = made
             self.position[rank] += 1
-            if step.action.kind.is_send:
-                for number, message in zip(step.takes, step.messages, strict=True):
-                    self._post(rank, message, now, there[number])
+            if steps.posts:
+                self._post(steps, action, now, made_last)
                 continue
-            made = max([there[number] for number in step.takes], default=0.0)
-            self.exposed[rank] += max(0.0, now - max(self.free[rank], made))
+            since = max(self.free[rank], made_last)
+            if now > since:
+                self.exposed[rank] += now - since
             self.busy[rank] = True
             self.free[rank] = now
-            self._cause(now + step.duration, rank, step)
+            one = steps.duration
+            duration = self.costs.duration(action) if one is None else one * len(action.microbatches)
+            self.caused += 1
+            heapq.heappush(self.events, (now + duration, self.caused, rank, -1, now))
+            return
 
-    def _finish(self, rank: int, step: _Step, now: float) -> None:
-        self.spans.append(Span(rank, step.action, self.free[rank], now))
+    def _finish(self, rank: int, now: float) -> None:
+        action, steps = self.rows[rank][self.position[rank] - 1]
+        self.spans.append(Span(rank, action, self.free[rank], now))
         self.busy[rank] = False
         self.free[rank] = now
-        for number in step.makes:
-            self.there[number] = now
-        for message in step.messages:
-            self._post(rank, message, now, now)
+        for m in action.microbatches:
+            for base in steps.makes:
+                self.there[base + m] = now
+        if steps.messages:
+            self._post(steps, action, now, now)
 
-    def _post(self, rank: int, message: _Message, now: float, made: float) -> None:
-        start = max(now, self.wire_free.get(message.wire, 0.0))
-        sent = self.wire_free[message.wire] = start + message.transmission
-        arrived = sent + message.link.latency
-        self.transfers.append(Transfer(rank, message.receiver, message.send, start, sent, arrived))
-        self._cause(arrived, message.receiver, (message.arrives_as, made))
-
-    def _cause(self, time: float, rank: int, what: object) -> None:
-        self.caused += 1
-        heapq.heappush(self.events, (time, self.caused, rank, what))
+    def _post(self, steps: _Steps, action: Action, now: float, made: float) -> None:
+        for m in action.microbatches:
+            for message in steps.messages:
+                start = max(now, self.wire_free[message.wire])
+                sent = self.wire_free[message.wire] = start + message.transmission
+                arrived = sent + message.latency
+                self.transfers.append(
+                    Transfer(message.sender, message.receiver, *message.send, m, start, sent, arrived)
+                )
+                self.caused += 1
+                heapq.heappush(self.events, (arrived, self.caused, message.receiver, message.arrives_as + m, made))
 
     def _check_done(self) -> None:
         stuck = [rank for rank, row in enumerate(self.rows) if self.position[rank] < len(row)]
@@ -185,7 +216,7 @@ class _Simulation:
             return
         lines = []
         for rank in stuck:
-            step = self.rows[rank][self.position[rank]]
-            missing = ", ".join(str(self.numbers.value(n)) for n in step.takes if n not in self.there)
-            lines.append(f"rank {rank} waits at {step.action} for {missing}")
+            action, _ = self.rows[rank][self.position[rank]]
+            missing = [str(self.numbers.value(n)) for n in self.numbers.takes(action) if self.there[n] is None]
+            lines.append(f"rank {rank} waits at {action} for {', '.join(missing)}")
         raise ScheduleError("the order cannot go on:\n  " + "\n  ".join(lines))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from ldt_schedules.planning.actions import Action, Kind
 
@@ -22,16 +23,24 @@ class Span:
     end: float
 
 
-@dataclass(frozen=True, slots=True)
-class Transfer:
-    """One message: its SEND, from which rank to which; on the wire from `start` to `sent`, there at `arrived`."""
+class Transfer(NamedTuple):
+    """One message of one microbatch: which SEND (`other` as in `Action`), from which rank to which; on the wire from
+    `start` to `sent`, there at `arrived`."""
 
     sender: int
     receiver: int
-    send: Action
+    kind: Kind
+    stage: int
+    other: int | None
+    microbatch: int
     start: float
     sent: float
     arrived: float
+
+    @property
+    def send(self) -> Action:
+        """The SEND that posts it."""
+        return Action(self.kind, self.stage, (self.microbatch,), self.receiver, self.other)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from ldt_schedules.planning.layout import Layout, Stage
 from ldt_schedules.planning.table import ScheduleTable
 
 FORMAT = "ldt-table/1"
-_KEYS = ("format", "num_microbatches", "num_ranks", "domain_of", "stages", "ranks", "forward_only")
+LAYOUT_KEYS = ("num_ranks", "domain_of", "stages")
+_KEYS = ("format", "num_microbatches", *LAYOUT_KEYS, "ranks", "forward_only")
 
 
 def dumps(table: ScheduleTable) -> str:
@@ -29,10 +30,18 @@ def dumps(table: ScheduleTable) -> str:
     content: dict[str, Any] = {"format": FORMAT, "num_microbatches": table.num_microbatches}
     if table.forward_only:
         content["forward_only"] = True
-    if table.layout.has_idle_ranks:
-        content["num_ranks"] = table.layout.num_ranks
-    if table.layout.domain_of:
-        content["domain_of"] = list(table.layout.domain_of)
+    content.update(layout_content(table.layout))
+    content["ranks"] = {str(rank): [str(action) for action in row] for rank, row in enumerate(table.ranks)}
+    return json.dumps(content, indent=1) + "\n"
+
+
+def layout_content(layout: Layout) -> dict[str, Any]:
+    """The keys of a file that say which stages there are: `LAYOUT_KEYS`, as far as they are needed."""
+    content: dict[str, Any] = {}
+    if layout.has_idle_ranks:
+        content["num_ranks"] = layout.num_ranks
+    if layout.domain_of:
+        content["domain_of"] = list(layout.domain_of)
     content["stages"] = [
         {
             "stage": stage.index,
@@ -40,10 +49,9 @@ def dumps(table: ScheduleTable) -> str:
             "name": stage.name,
             "inputs": list(stage.inputs),
         }
-        for stage in table.layout.stages
+        for stage in layout.stages
     ]
-    content["ranks"] = {str(rank): [str(action) for action in row] for rank, row in enumerate(table.ranks)}
-    return json.dumps(content, indent=1) + "\n"
+    return content
 
 
 def table_hash(table: ScheduleTable) -> str:
@@ -62,9 +70,7 @@ def loads(text: str) -> ScheduleTable:
     if content.get("format") != FORMAT:
         raise ScheduleError(f'this is no table: "format" is {content.get("format")!r}, expected "{FORMAT}"')
     expect_keys(content, _KEYS, "a table")
-    stages = tuple(_stage(entry, number) for number, entry in enumerate(get(content, "stages", list)))
-    domain_of = tuple(content.get("domain_of", ()))
-    layout = Layout(stages, content.get("num_ranks", 0), domain_of)
+    layout = read_layout(content)
     ranks = get(content, "ranks", dict)
     expected = {str(rank) for rank in range(layout.num_ranks)}
     if set(ranks) - expected:
@@ -79,6 +85,20 @@ def loads(text: str) -> ScheduleTable:
     if not isinstance(forward_only, bool):
         raise ScheduleError(f'"forward_only" is {forward_only!r}; allowed are true and false')
     return ScheduleTable.from_rows(layout, get(content, "num_microbatches", int), rows, forward_only)
+
+
+def read_layout(content: dict[str, Any]) -> Layout:
+    """What `layout_content` wrote.
+
+    Raises:
+        ScheduleError: a key that is missing or of a wrong type, or stages that are no layout.
+    """
+    stages = tuple(_stage(entry, number) for number, entry in enumerate(get(content, "stages", list)))
+    domain_of = get(content, "domain_of", list) if "domain_of" in content else []
+    if any(not isinstance(domain, int) or isinstance(domain, bool) for domain in domain_of):
+        raise ScheduleError('"domain_of" must be a list with a whole number for each microbatch')
+    num_ranks = get(content, "num_ranks", int) if "num_ranks" in content else 0
+    return Layout(stages, num_ranks, tuple(domain_of))
 
 
 def _stage(entry: object, number: int) -> Stage:
@@ -101,7 +121,12 @@ def _row(rank: str, row: object) -> list[Action]:
     actions = []
     for index, text in enumerate(row):
         try:
-            actions.append(Action.parse(text if isinstance(text, str) else repr(text)))
+            actions.append(read_action(text))
         except ScheduleError as error:
             raise ScheduleError(f"rank {rank}, action {index}: {error}") from None
     return actions
+
+
+def read_action(text: object) -> Action:
+    """The action that an entry of a file stands for. Raises ScheduleError, also for what is no text."""
+    return Action.parse(text if isinstance(text, str) else repr(text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,6 +51,17 @@ def get(content: dict[str, Any], key: str, kind: type) -> Any:
         names = {list: "a list", dict: "an object", int: "a whole number", str: "a text"}
         raise ScheduleError(f'"{key}" is {value!r}; expected {names[kind]}')
     return value
+
+
+def time_of(value: object, what: str) -> float:
+    """A point in time of a step, in whatever unit the file has.
+
+    Raises:
+        ScheduleError: no number, before the start of the step, or one of the NaN and Infinity that Python's JSON knows.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
+        raise ScheduleError(f"{what} is {value!r}; expected a time of 0 or more")
+    return float(value)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
