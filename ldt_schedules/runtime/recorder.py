@@ -18,11 +18,17 @@ from ldt_schedules.planning.actions import Action
 
 @dataclass
 class StepRecorder:
-    """One step of one rank. `compute` holds (action, start, end) in order; `waited_s` is time without work."""
+    """One step of one rank. `compute` holds (action, start, end) in order; `waited_s` is time without work.
+
+    `started_s` is when the step began, on the clock that machines share (seconds since 1970); everything else is
+    measured by clocks that only run forward.
+    """
 
     compute: list[tuple[Action, Any, Any]] = field(default_factory=list)
     waited_s: float = 0.0
     step_s: float = 0.0
+    started_s: float = 0.0
+    _origin: Any = None
 
     @contextlib.contextmanager
     def computing(self, action: Action) -> Iterator[None]:
@@ -38,6 +44,7 @@ class StepRecorder:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
+        self.started_s, self._origin = time.time(), device.timestamp()
         start = time.perf_counter()
         yield
         self.step_s = time.perf_counter() - start
@@ -45,3 +52,10 @@ class StepRecorder:
     def busy_s(self) -> float:
         """Seconds spent in F, B, I and W."""
         return sum(device.seconds_between(start, end) for _, start, end in self.compute)
+
+    def spans_s(self) -> list[tuple[Action, float, float]]:
+        """Each computation with its start and end, seconds since the step began."""
+        return [
+            (action, device.seconds_between(self._origin, start), device.seconds_between(self._origin, end))
+            for action, start, end in self.compute
+        ]

@@ -25,6 +25,7 @@ from ldt_schedules.training.config_file import apply_overrides, explain, keys_of
 from ldt_schedules.training.sections import (
     DataSection,
     EdgeSection,
+    HardwareSection,
     LinkSection,
     ModelSection,
     ScheduleSection,
@@ -42,8 +43,10 @@ SITE_LOCAL_KEYS = (
     "train.output_dir",
     "train.threads",
     "train.recompute",
+    "train.trace_iterations",
     "link.address",
     "link.timeout_s",
+    *(f"hardware.{name}" for name in HardwareSection.model_fields),
 )
 """Keys that may differ between the sites: they name local files, or change nothing that crosses the link. (The plan
 itself is compared by its hash, so two table files may have different names but not different contents.)"""
@@ -65,6 +68,7 @@ class TrainConfig(Section):
     data: DataSection = DataSection()  # type: ignore[call-arg]
     train: TrainSection = TrainSection()  # type: ignore[call-arg]
     link: LinkSection = LinkSection()  # type: ignore[call-arg]
+    hardware: HardwareSection = HardwareSection()  # type: ignore[call-arg]
 
     @property
     def num_pipeline_ranks(self) -> int:
@@ -100,7 +104,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check_across_keys(self) -> TrainConfig:
-        problems = [*self._site_problems(), *self._model_problems(), *self._batch_problems()]
+        problems = [*self._site_problems(), *self._model_problems(), *self._batch_problems(), *self._trace_problems()]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -155,6 +159,19 @@ class TrainConfig(Section):
             yield (
                 f"train.eval_interval {train.eval_interval} evaluates, but data.validation_fraction 0 keeps nothing to "
                 "evaluate on; raise it or set train.eval_interval=0"
+            )
+
+    def _trace_problems(self) -> Iterator[str]:
+        traced = self.train.traced_iterations
+        if not traced:
+            return
+        given = f"train.trace_iterations {len(traced)}"
+        if self.num_pipeline_ranks == 1:
+            yield f"{given} traces a pipeline, but sites.cloud.pipeline_ranks is 0; set train.trace_iterations=0"
+        elif traced[-1] > self.train.iterations:
+            yield (
+                f"{given} traces steps {traced[0]} to {traced[-1]}, but train.iterations is {self.train.iterations}; "
+                f"set train.iterations={traced[-1]} or more, or lower train.trace_iterations"
             )
 
 

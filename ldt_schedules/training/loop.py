@@ -29,6 +29,7 @@ from ldt_schedules.training.data import Split, TokenDataset, batches, open_datas
 from ldt_schedules.training.describe import describe_run, padded_vocab_size
 from ldt_schedules.training.forward_step import LossReport, forward_step
 from ldt_schedules.training.handshake import agree
+from ldt_schedules.training.measured import TraceWriter, trace_writer
 from ldt_schedules.training.metrics import MetricsWriter
 from ldt_schedules.training.model import Trained, build
 from ldt_schedules.training.reports import EvalReport, RunSummary, StepReport
@@ -60,7 +61,7 @@ def run_site(config: TrainConfig, site: str, json_output: bool) -> None:
         agree(config, run)
     vocab_size = _NO_EMBEDDING if dataset is None else dataset.corpus.vocab_size
     trained = build(config, topology, place, padded_vocab_size(vocab_size, topology.size(place.site).tensor))
-    loop = _Loop(config, place, trained, dataset)
+    loop = _Loop(config, place, trained, dataset, trace_writer(config, place))
     if place.site is Site.EDGE and place.site_rank == 0:
         _run_and_show(loop, vocab_size, json_output)
     else:
@@ -112,6 +113,7 @@ class _Loop:
     place: Place
     trained: Trained
     dataset: TokenDataset | None
+    trace: TraceWriter | None
     losses: list[float] = field(default_factory=list)
     validation_loss: float | None = None
     bytes_up: int = 0
@@ -140,6 +142,8 @@ class _Loop:
         step_s = time.perf_counter() - start
         self.losses.append(loss)
         run = session.current()
+        if self.trace is not None and run is not None:
+            self.trace.step(iteration, run.last_step)
         return StepReport(
             iteration=iteration,
             loss=loss,

@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from ldt_schedules.planning.planners import PLANNERS
 
+FIRST_TRACED_ITERATION = 3
+"""Steps 1 and 2 pay for what is set up once: memory pools, connections, lazily loaded code."""
+
 
 class Section(BaseModel):
     """Frozen, and strict: no unknown key, no `"5"` for 5, no `yes` for 1."""
@@ -122,6 +125,32 @@ class TrainSection(Section):
     output_dir: str = Field("runs/default", min_length=1, description="directory of logs, metrics, checkpoints")
     threads: int = Field(1, ge=1, description="torch threads of each process")
     recompute: Literal["none", "full", "selective"] = Field("none", description="activations computed twice")
+    trace_iterations: int = Field(
+        0, ge=0, description="steps, from the 3rd, whose times each pipeline rank writes to output_dir/trace; 0: none"
+    )
+
+    @property
+    def traced_iterations(self) -> range:
+        """The steps that are traced: after warm-up, one after the other."""
+        return range(FIRST_TRACED_ITERATION, FIRST_TRACED_ITERATION + self.trace_iterations)
+
+
+class HardwareSection(Section):
+    """What the sites are made of, for planning only: nothing here changes what is trained.
+
+    The speeds are *sustained* ones, what a matrix product of the model's sizes reaches, not the data sheet's peak. The
+    defaults are modest: a workstation's GPU at the edge, a data centre's in the cloud, and a WAN between them.
+    """
+
+    edge_tflops: float = Field(10.0, gt=0.0, description="sustained speed of one edge device, 1e12 operations/s")
+    cloud_tflops: float = Field(100.0, gt=0.0, description="sustained speed of one cloud device, 1e12 operations/s")
+    edge_memory_gib: float | None = Field(None, gt=0.0, description="memory of one edge device, GiB; null: no limit")
+    cloud_memory_gib: float | None = Field(None, gt=0.0, description="memory of one cloud device, GiB; null: no limit")
+    link_latency_ms: float = Field(10.0, ge=0.0, description="from site to site, one way, milliseconds")
+    link_bandwidth_gbps: float | None = Field(
+        1.0, gt=0.0, description="of the whole link, each way, Gbit/s; null: no limit"
+    )
+    vocab_size: int = Field(32_000, ge=1, description="tokens that a tokenizer other than `bytes` is taken to know")
 
 
 class LinkSection(Section):

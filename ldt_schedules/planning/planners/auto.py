@@ -31,9 +31,11 @@ EFFORT = 400_000
 """Instances that one plan may schedule: about 1.5 s."""
 
 _SEED_SHARE, _SHORT_SHARE = 0.35, 0.3
-_FEWEST_PASSES = 4
 _JUSTIFIED = 6
 _ROUNDS = 6
+_HUGE = 10  # a step is huge when fewer passes than this are affordable
+_HUGE_TOLERANCE = 0.002
+_FEWEST_SEEDS = 2
 _SHORT_LIMIT = 16
 
 
@@ -58,36 +60,43 @@ def _plan(problem: Problem, split: bool, effort: int) -> ComputeOrder:
     graph = work_graph(problem, split)
     found = _search(problem, graph, bound, effort, known)
     order = graph.order(found.starts) if found is not None else _one_at_a_time(graph)
-    if fits and timeline.makespan <= simulate(problem.layout, order, problem.costs).makespan:
-        return known
-    return order
+    if found is None or graph.num_resources:  # the search queues for wires as the simulator does, but for ties
+        makespan = simulate(problem.layout, order, problem.costs).makespan
+    else:
+        makespan = found.makespan
+    return known if fits and timeline.makespan <= makespan else order
 
 
 def _search(
     problem: Problem, graph: WorkGraph, bound: float, effort: int, known: ComputeOrder | None = None
 ) -> Plan | None:
-    search = Search(graph, bound)
     size = graph.num_instances
-    plans = [search.try_targets(_targets_of(graph, known))] if known else []
+    huge = size * _HUGE > effort
+    search = Search(graph, bound, _HUGE_TOLERANCE if huge else CLOSE_ENOUGH)
+    plans: list[Plan | None] = []
     short = _short_step(problem, graph)
-    long = size * 20 > effort and short is not None
-    if long and short is not None:
+    if huge and short is not None:
         plans += _from_short_step(search, problem, short, graph, effort)
-    enough = max(_FEWEST_PASSES * size, int(_SEED_SHARE * effort))
+    if known and not search.done:
+        plans.append(search.try_targets(_targets_of(graph, known)))
+    enough = search.effort + (_FEWEST_SEEDS * size if huge else int(_SEED_SHARE * effort))
     for targets, room in seeds(graph):
-        if search.done or search.effort >= enough + (size if plans else 0) * 2:
+        if search.done or search.effort >= enough:
             break
         plans.append(search.try_targets(targets, room))
-    there = sorted((plan for plan in plans if plan is not None), key=lambda plan: plan.makespan)
-    for plan in there[: _JUSTIFIED if size * 40 < effort else 1]:
-        if not search.done:
-            search.justify(plan, _ROUNDS)
-    if not long and not search.done and short is not None:
-        for plan in _from_short_step(search, problem, short, graph, effort):
-            if plan is not None and not search.done:
-                search.justify(plan, _ROUNDS)
-    search.shake(int((1 - _SEED_SHARE - _SHORT_SHARE) * effort))
+    _justify_best(search, plans, 1 if huge else _JUSTIFIED)
+    if not huge and short is not None and not search.done:
+        _justify_best(search, _from_short_step(search, problem, short, graph, effort), _JUSTIFIED)
+    if not huge:
+        search.shake(int((1 - _SEED_SHARE - _SHORT_SHARE) * effort))
     return search.best
+
+
+def _justify_best(search: Search, plans: list[Plan | None], count: int) -> None:
+    there = sorted((plan for plan in plans if plan is not None), key=lambda plan: plan.makespan)
+    for plan in there[:count]:
+        if not search.done:
+            search.justify(plan, 2 if count == 1 else _ROUNDS)
 
 
 def _from_short_step(
@@ -95,13 +104,13 @@ def _from_short_step(
 ) -> list[Plan | None]:
     """Schedules whose middle repeats that of a thorough plan for fewer microbatches."""
     small = replace(problem, num_microbatches=num_microbatches)
-    few = work_graph(small, split=any(work.kind is Kind.I for work in graph.works))
     split = any(work.kind is Kind.I for work in graph.works)
-    plan = _search(small, few, lower_bounds(small, split).best, int(_SHORT_SHARE * effort))
+    bound = lower_bounds(small, split).best
+    plan = _search(small, work_graph(small, split), bound, int(_SHORT_SHARE * effort))
     plans: list[Plan | None] = []
     if plan is not None:
         for targets in repeated(plan, [len(work.durations) for work in graph.works]):
-            if search.done or (plans and search.effort > effort):
+            if search.done:
                 break
             plans.append(search.try_targets(targets))
     return plans

@@ -39,6 +39,7 @@ class Search:
 
     graph: WorkGraph
     bound: float
+    tolerance: float = CLOSE_ENOUGH
     effort: int = 0
     best: Plan | None = None
     forward: ListScheduler = field(init=False)
@@ -51,8 +52,8 @@ class Search:
 
     @property
     def done(self) -> bool:
-        """Is the best schedule proven to be optimal?"""
-        return self.best is not None and self.best.makespan <= self.bound * (1 + CLOSE_ENOUGH)
+        """Is the best schedule within the tolerance of the bound?"""
+        return self.best is not None and self.best.makespan <= self.bound * (1 + self.tolerance)
 
     def try_targets(self, targets: Targets, room: Room = None) -> Plan | None:
         """List-schedule by `targets`; remembers the result if it is the best."""

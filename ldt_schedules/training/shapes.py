@@ -1,0 +1,124 @@
+"""How many bytes a microbatch keeps from its F to its B, by arithmetic on shapes.
+
+This follows section 4 of Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models"
+(arXiv:2205.05198): what autograd keeps of each operation. Their `s b h (34 + 5 a s / h)` bytes a layer are for 16 bits,
+LayerNorm, gelu, dropout and learned positions. Here the first term comes out equal, and the second is 7: megatron-core's
+softmax, unfused, keeps its output in fp32 (4 bytes instead of 2). The rest generalises it to what a config can ask for,
+as megatron-core's local layer spec and torch's own operations have it (a fused RMSNorm would keep less). A dropout mask
+is taken for 1 byte an element, as accelerators keep it; a CPU keeps it in the dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ldt_schedules.training.config import TrainConfig
+from ldt_schedules.training.describe import ELEMENT_BYTES
+
+FP32_BYTES = 4
+
+_MASK = 1  # bytes of an element of a dropout or causal mask
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """Bytes of one microbatch on one tensor-parallel process.
+
+    Attributes:
+        tokens: s b.
+        element, compute: bytes of an element, and of one where Megatron and torch compute 16 bits in fp32.
+        tensor: tensor-parallel processes; `sequence` of them share what is between the parallel parts, too.
+    """
+
+    config: TrainConfig
+    tokens: int
+    element: int
+    compute: int
+    tensor: int
+    sequence: int
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Shapes:
+        element, tensor = ELEMENT_BYTES[config.model.precision], config.sites.edge.tensor_parallel
+        sequence = tensor if config.model.megatron.get("sequence_parallel") else 1
+        tokens = config.model.seq_length * config.train.micro_batch_size
+        return cls(config, tokens, element, max(element, FP32_BYTES), tensor, sequence)
+
+    @property
+    def gated(self) -> bool:
+        return self.config.model.activation == "swiglu"
+
+    @property
+    def kv_width(self) -> int:
+        """g d."""
+        model = self.config.model
+        return model.num_query_groups * (model.hidden_size // model.num_attention_heads)
+
+    @property
+    def stream(self) -> float:
+        """The residual stream, s b h elements: what goes from layer to layer, and as a message from stage to stage."""
+        return self.tokens * self.config.model.hidden_size * self.element / self.sequence
+
+    @property
+    def norm_casts(self) -> bool:
+        """Does a norm keep a wider copy of its input, not the input?"""
+        return self.config.model.normalization == "RMSNorm" and self.element < self.compute
+
+    @property
+    def norm(self) -> float:
+        """LayerNorm: input, output, mean and deviation. RMSNorm is composed: input and quotient as computed, output."""
+        wide = self.tokens * self.config.model.hidden_size / self.sequence
+        statistic = self.tokens * self.compute / self.sequence
+        if self.config.model.normalization == "LayerNorm":
+            return 2 * wide * self.element + 2 * statistic
+        return wide * (2 * self.compute + self.element) + statistic
+
+    @property
+    def dropout_mask(self) -> float:
+        wide = self.tokens * self.config.model.hidden_size / self.sequence
+        return wide * _MASK if self.config.model.dropout else 0.0
+
+    def layer(self, recompute: str) -> float:
+        """One transformer layer."""
+        if recompute == "full":
+            return self.stream
+        context = self.tokens * self.config.model.hidden_size * self.element / self.tensor
+        scores = 0.0 if recompute == "selective" else self._scores
+        return 2 * self.norm + self._qkv(recompute) + scores + context + self._mlp + 2 * self.dropout_mask
+
+    def _qkv(self, recompute: str) -> float:
+        """Rotated or regrouped queries and keys are copies; without either all three are views of one tensor."""
+        model = self.config.model
+        hidden, together = model.hidden_size, model.hidden_size + 2 * self.kv_width
+        rope, grouped = model.position_embedding == "rope", self.kv_width < model.hidden_size
+        if recompute == "selective":  # before keys and values are repeated for their groups of heads
+            widths = together + (hidden + self.kv_width if rope else hidden if grouped else 0)
+        else:
+            widths = 3 * hidden if grouped else together + (2 * hidden if rope else 0)
+        angles = 4 * model.seq_length * (hidden // model.num_attention_heads) * self.element if rope else 0
+        return self.tokens * widths * self.element / self.tensor + angles
+
+    @property
+    def _scores(self) -> float:
+        """The softmax's output; what is multiplied with the values, where that is another tensor; masks."""
+        model = self.config.model
+        square = self.tokens * model.seq_length * model.num_attention_heads / self.tensor
+        copied = self.element < self.compute or bool(model.dropout)
+        each = self.compute + (self.element if copied else 0) + (_MASK if model.dropout else 0)
+        return square * each + model.seq_length**2 * _MASK
+
+    @property
+    def _mlp(self) -> float:
+        """gelu: its input and output. A gate: both halves of the input, the second half once more, silu and product."""
+        return self.tokens * self.config.model.ffn_hidden_size * (5 if self.gated else 2) * self.element / self.tensor
+
+    def logits(self, vocab_size: int) -> float:
+        """The cross entropy's exponentials, always fp32."""
+        return self.tokens * vocab_size * FP32_BYTES / self.tensor
+
+    def workspace(self, recompute: str, vocab_size: int) -> float:
+        """What is needed once, whatever is in flight: a recomputed layer, the buffer of scores, 16-bit logits."""
+        again = self.layer("none") - self.layer(recompute)
+        scores = self.tokens * self.config.model.seq_length * self.config.model.num_attention_heads * self.element
+        logits = self.tokens * vocab_size * self.element if self.element < FP32_BYTES else 0
+        return again + (scores + logits) / self.tensor
