@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional, TypeVar
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from ldt_schedules.cli.files import reading
 from ldt_schedules.errors import ConfigError
 from ldt_schedules.planning.errors import ScheduleError
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from ldt_schedules.rendering.panel import Panel
 
 FORMATS = {".png": "picture", ".svg": "picture to zoom into", ".txt": "text", ".json": "for ui.perfetto.dev"}
-
-_Content = TypeVar("_Content")
 
 
 def register(app: typer.Typer) -> None:
@@ -118,7 +117,7 @@ class _Source:
         if problem is not None:
             if self.costs != Costs():
                 raise ConfigError("--problem has the costs already; leave out --latency, --bandwidth and --backward")
-            self.problem = _reading(problem, problem_json.loads)
+            self.problem = reading(problem, problem_json.loads, "a problem as JSON (ldt-problem/1)")
             self.costs, self.unit = self.problem.costs, unit or "units of time"
         elif unit is not None:
             raise ConfigError("--unit names the unit of the times in a problem; give --problem too")
@@ -151,7 +150,7 @@ class _Source:
         def read(text: str) -> Trace | ScheduleTable:
             return trace_json.loads(text) if trace_json.is_trace(text) else read_table(text)
 
-        content = _reading(path, read)
+        content = reading(path, read, "a table or a trace")
         if not isinstance(content, ScheduleTable):
             return Panel(path.name, content)
         try:
@@ -184,18 +183,6 @@ class _Source:
 
 def _places(layout: Layout) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     return [(stage.ranks, stage.inputs) for stage in layout.stages]
-
-
-def _reading(path: Path, read: Callable[[str], _Content]) -> _Content:
-    """Raises ConfigError or ScheduleError, the file named, when it cannot be read."""
-    try:
-        return read(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path} is not text; expected a table, a trace or a problem") from None
-    except ScheduleError as error:
-        raise ScheduleError(f"{path}: {error}") from None
 
 
 def _show(panels: Sequence[Panel], out: Path | None, json_output: bool, width: int | None) -> None:

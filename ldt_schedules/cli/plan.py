@@ -4,11 +4,42 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from ldt_schedules.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ldt_schedules.cli.problem_input import PlanInput
+    from ldt_schedules.planning.evaluation import Evaluation
+    from ldt_schedules.planning.problem import Problem
+    from ldt_schedules.planning.table import ScheduleTable
+
+_FORMATS = {".json": "json", ".csv": "csv", ".txt": "grid", ".grid": "grid"}
+
+_Config = Annotated[Optional[Path], typer.Argument(help="YAML file of a run: plan its step.")]  # noqa: UP045
+_Overrides = Annotated[Optional[list[str]], typer.Argument(help="section.key=value, for a config.")]  # noqa: UP045
+_ProblemFile = Annotated[Optional[Path], typer.Option("--problem", help="File of a problem (ldt-problem/1).")]  # noqa: UP045
+_Measure = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--measure", help="With a config: take the times from this run's trace (train.trace_iterations)."),
+]
+_Schedule = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        help="Planner: ldt_1f1b, ldt_2lap_1f1b (the published orders), gpipe, one_f_one_b, auto, auto_zb (backwards "
+        "split), exact (small cases). Without it all that apply are compared and the fastest fused one is taken."
+    ),
+]
+_Memory = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        help="Budget: none, 1x (what the published order needs), 1.5x, 2x, dev (every cloud rank as much as the fullest "
+        "one has now, the edge 4x), 8GiB, or one amount a rank. Default: dev; of a problem, its own mem_cap."
+    ),
+]
+_Out = Annotated[Optional[Path], typer.Option("--out", "--output", "-o", help="Write the table: .json, .csv, .txt.")]  # noqa: UP045
 
 
 def register(app: typer.Typer) -> None:
@@ -17,49 +48,183 @@ def register(app: typer.Typer) -> None:
 
 
 def plan(
-    ranks: Annotated[int, typer.Option(help="Pipeline ranks P, the edge counted.")],
-    microbatches: Annotated[int, typer.Option(help="Microbatches of a step.")],
-    schedule: Annotated[str, typer.Option(help="Planner: ldt_1f1b or gpipe.")] = "ldt_1f1b",
-    latency: Annotated[float, typer.Option(help="Between the sites, one way, in forwards of a stage.")] = 0.0,
-    backward: Annotated[float, typer.Option(help="Length of a backward, in forwards of a stage.")] = 2.0,
+    config: _Config = None,
+    overrides: _Overrides = None,
+    problem: _ProblemFile = None,
+    measure: _Measure = None,
+    ranks: Annotated[Optional[int], typer.Option(help="Pipeline ranks P, the edge counted.")] = None,  # noqa: UP045
+    microbatches: Annotated[Optional[int], typer.Option(help="Microbatches of a step.")] = None,  # noqa: UP045
+    domains: Annotated[int, typer.Option(help="Cloud pipelines that the edge serves.")] = 1,
+    laps: Annotated[int, typer.Option(help="Times the pipeline goes round: 2 for vision and language.")] = 1,
+    latency: Annotated[float, typer.Option(help="Between the sites, one way, in forwards of an edge stage.")] = 0.0,
+    bandwidth: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Between the sites, in messages per forward; default: no limit."),
+    ] = None,
+    backward: Annotated[float, typer.Option(help="Length of a backward, in forwards of its stage.")] = 2.0,
+    cloud: Annotated[
+        float, typer.Option(help="Length of a cloud stage's forward, in forwards of an edge stage.")
+    ] = 1.0,
+    schedule: _Schedule = None,
+    memory: _Memory = None,
     forward_only: Annotated[bool, typer.Option("--forward-only", help="A table for evaluation.")] = False,
-    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Write the table here.")] = None,  # noqa: UP045
-    format_name: Annotated[str, typer.Option("--format", help="Of the file: json or grid.")] = "json",
+    out: _Out = None,
+    format_name: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--format", help="Of the file: json, grid or csv; default: as its name ends."),
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
 ) -> None:
-    """Plan a step of a U and say how long it takes and how much each rank holds.
+    """Plan a step: how long it takes, what each rank holds, how far it is from the proven limit, what would help.
 
-    Example: ldt plan --ranks 4 --microbatches 8 --latency 2 -o table.json
+    Example: ldt plan configs/two_sites.yaml
+
+    Example: ldt plan --ranks 4 --microbatches 16 --latency 4 --cloud 2
+
+    Example: ldt plan --problem problem.json --schedule auto --memory 2x --out table.json --json
     """
-    from ldt_schedules.planning import Costs, Layout, simulate, table_hash, write_table
-    from ldt_schedules.planning import plan as make
+    from ldt_schedules.cli import problem_input
+    from ldt_schedules.planning import write_table
+    from ldt_schedules.planning.budgets import within_budget
 
-    table = make(schedule, Layout.u(ranks), microbatches, forward_only=forward_only)
-    timeline = simulate(table.layout, table.ranks, Costs(backward=backward, latency=latency))
-    text = write_table(table, format_name)
-    if output is not None:
-        try:
-            output.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"{output} cannot be written: {error.strerror}") from None
-    figures = {
-        "schedule": schedule,
-        "ranks": ranks,
-        "microbatches": microbatches,
-        "makespan": timeline.makespan,
-        "bubble": timeline.bubble,
-        "bubble_of_rank": [timeline.bubble_of(rank) for rank in range(ranks)],
-        "peak_in_flight": list(timeline.peak_in_flight),
-        "hash": table_hash(table),
-        "file": None if output is None else str(output),
-    }
+    form = _format(out, format_name)
+    if config is not None:
+        if problem is not None or ranks is not None or microbatches is not None:
+            raise ConfigError("give a config, or --problem, or --ranks and --microbatches: one of them")
+        given = problem_input.from_config(config, overrides or [], measure)
+    elif measure is not None:
+        raise ConfigError("--measure needs the config of the run too: ldt plan CONFIG --measure RUN_DIR")
+    elif problem is not None:
+        if ranks is not None or microbatches is not None:
+            raise ConfigError("--problem has the ranks and microbatches; leave out --ranks and --microbatches")
+        given = problem_input.from_file(problem)
+    else:
+        given = problem_input.from_numbers(
+            ranks, microbatches, domains, laps, latency, bandwidth, backward, cloud
+        )  # fmt: skip
+    budget = memory or given.budget
+    limited = within_budget(given.problem, budget)
+    candidates = _candidates(schedule, limited, quiet=json_output)
+    chosen = _chosen(candidates)
+    table = _table(chosen, limited, forward_only)
+    if out is not None:
+        from ldt_schedules.cli.files import writing
+
+        writing(out, write_table(table, form))
     if json_output:
+        figures = _figures(chosen, limited, table, budget, given, out)
+        if schedule is None:
+            figures["candidates"] = [_short_figures(candidate) for candidate in candidates]
         typer.echo(json.dumps(figures))
         return
-    typer.echo(f"{schedule}: {ranks} pipeline ranks, {microbatches} microbatches, latency {latency:g} forwards")
-    typer.echo(f"makespan        {timeline.makespan:g} forwards")
-    typer.echo(f"bubble          {timeline.bubble:.1%} of the ranks' time")
-    typer.echo("in flight       " + ", ".join(f"rank {r}: {n}" for r, n in enumerate(timeline.peak_in_flight)))
-    typer.echo(f"table           {output or 'not written (-o FILE)'}")
-    if output is None:
-        typer.echo(f"see it          ldt draw --ranks {ranks} --microbatches {microbatches} --schedule {schedule}")
+    from ldt_schedules.cli.plan_screen import show
+
+    show(given, limited, budget, candidates, chosen, explain=schedule is None, out=out)
+
+
+def _format(out: Path | None, format_name: str | None) -> str:
+    """Of the file to be written; refused before anything is planned."""
+    from ldt_schedules.planning.formats import FORMATS
+
+    if out is not None and not out.parent.is_dir():
+        raise ConfigError(f"{out} cannot be written: there is no directory {out.parent}")
+    form = format_name or _FORMATS.get(out.suffix.lower() if out else ".json", "json")
+    if form not in FORMATS:
+        raise ConfigError(f"there is no format {form!r}; there are {', '.join(FORMATS)}")
+    return form
+
+
+def _candidates(schedule: str | None, problem: Problem, quiet: bool) -> list[Evaluation]:
+    """The named planner's plan, or those of all that know the layout."""
+    from rich.console import Console
+
+    from ldt_schedules.planning.errors import ScheduleError
+    from ldt_schedules.planning.evaluation import plan_and_evaluate
+    from ldt_schedules.planning.planners import planner
+    from ldt_schedules.planning.planners.published import name_of_published
+
+    if schedule is not None:
+        planner(schedule)  # an unknown name is refused before the work
+        names = [schedule]
+    else:
+        names = [name_of_published(problem.layout), "gpipe"]
+        names += ["auto"] if problem.can_fuse else []
+        names += ["auto_zb"] if problem.can_split else []
+    found = []
+    console = Console(stderr=True, quiet=quiet or not Console(stderr=True).is_terminal)
+    for name in dict.fromkeys(names):
+        with console.status(f"planning {name} …"):
+            try:
+                found.append(plan_and_evaluate(name, problem))
+            except ScheduleError:
+                if schedule is not None:
+                    raise
+    return found
+
+
+def _chosen(candidates: list[Evaluation]) -> Evaluation:
+    """The fastest that fits and whose backwards are in one piece (what every runtime executes), else the fastest."""
+    from ldt_schedules.planning.actions import Kind
+
+    def rank(candidate: Evaluation) -> tuple[bool, bool, float]:
+        split = any(action.kind is Kind.I for row in candidate.order for action in row)
+        return (not candidate.fits, split, candidate.makespan)
+
+    return min(candidates, key=rank)
+
+
+def _table(chosen: Evaluation, problem: Problem, forward_only: bool) -> ScheduleTable:
+    from ldt_schedules.planning.planners import table_of
+
+    if not forward_only and not chosen.fits:
+        over = [
+            f"rank {rank} needs {peak:g} and may hold {problem.cap(rank):g}"
+            for rank, peak in enumerate(chosen.peaks)
+            if peak > problem.cap(rank)
+        ]
+        raise ConfigError(
+            f"the {chosen.name} order does not fit into the memory budget: {', '.join(over)}; give more memory "
+            "(--memory) or take --schedule auto, which plans for what there is"
+        )
+    return table_of(chosen.order, problem, forward_only)
+
+
+def _short_figures(candidate: Evaluation) -> dict[str, Any]:
+    return {
+        "schedule": candidate.name,
+        "makespan": candidate.makespan,
+        "lower_bound": candidate.bounds.best,
+        "bubble": candidate.timeline.bubble,
+        "exposed": list(candidate.timeline.exposed),
+        "peak_memory": list(candidate.peaks),
+        "fits": candidate.fits,
+    }
+
+
+def _figures(
+    chosen: Evaluation, problem: Problem, table: ScheduleTable, budget: str, given: PlanInput, out: Path | None
+) -> dict[str, Any]:
+    from ldt_schedules.planning import simulate, table_hash
+
+    timeline = chosen.timeline
+    if table.forward_only:
+        timeline = simulate(problem.layout, table.ranks, problem.costs)
+    return {
+        **_short_figures(chosen),
+        "ranks": problem.layout.num_ranks,
+        "microbatches": problem.num_microbatches,
+        "makespan": timeline.makespan,
+        "bubble": timeline.bubble,
+        "bound": chosen.bounds.reason,
+        "distance": chosen.distance,
+        "bubble_of_rank": [timeline.bubble_of(rank) for rank in range(problem.layout.num_ranks)],
+        "peak_in_flight": list(timeline.peak_in_flight),
+        "memory": budget,
+        "memory_cap": list(problem.memory_cap) or None,
+        "rate_up": chosen.rate_up,
+        "rate_down": chosen.rate_down,
+        "time_unit": given.time_unit,
+        "memory_unit": given.memory_unit,
+        "hash": table_hash(table),
+        "file": None if out is None else str(out),
+    }

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ldt_schedules.cli.files import reading
 from ldt_schedules.errors import ConfigError
 from ldt_schedules.planning import Layout, ScheduleTable, plan, read_table
-from ldt_schedules.planning.errors import ScheduleError
 
 
 def read(path: Path) -> ScheduleTable:
     """Raises ConfigError or ScheduleError, the file named, when there is no readable table."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path} is not text; expected a table as JSON or as a grid") from None
-    try:
-        return read_table(text)
-    except ScheduleError as error:
-        raise ScheduleError(f"{path}: {error}") from None
+    return reading(path, read_table, "a table as JSON, CSV or a grid")
 
 
 def read_or_plan(

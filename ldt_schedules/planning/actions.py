@@ -46,7 +46,7 @@ class Kind(str, Enum):
         self.is_forward = text in ("F", "SEND_F", "RECV_F")
 
     def __str__(self) -> str:
-        return self.value
+        return str(self.value)
 
 
 _TEXT = re.compile(

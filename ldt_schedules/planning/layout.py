@@ -63,7 +63,9 @@ class Layout:
             raise ScheduleError("stages with one rank for each domain must all name the same number of ranks")
         for m, domain in enumerate(self.domain_of):
             if not 0 <= domain < self.num_domains:
-                raise ScheduleError(f"microbatch {m} is of domain {domain}; there are domains 0..{self.num_domains - 1}")
+                raise ScheduleError(
+                    f"microbatch {m} is of domain {domain}; there are domains 0..{self.num_domains - 1}"
+                )
         _ = self.forward_order  # refuses cycles
 
     def _check_ranks(self) -> None:

@@ -1,7 +1,8 @@
 """From a compute order to a table: puts in every SEND and RECV.
 
 A planner says what each rank computes, in which order. What must travel follows from the layout; *when* to post it
-is decided here, from one global order of everything: the compute actions by the time they end in a simulation, each followed at once by the SENDs of what it made and, in the peers' rows, by the matching RECVs.
+is decided here, from one global order of everything: the compute actions by the time they end in a simulation,
+each followed at once by the SENDs of what it made and, in the peers' rows, by the matching RECVs.
 
     global order    F s0 m0 │ SEND, RECV │ F s0 m1 │ SEND, RECV │ F s1 m0 │ ...
     row of rank 0   F s0 m0   SEND_F m0    F s0 m1   SEND_F m1

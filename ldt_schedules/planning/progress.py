@@ -181,7 +181,8 @@ class _Play:
         senders = [
             peer
             for message, peer in heads
-            if missing == message or missing == self.received_as.get(message - message % self.numbers.num_microbatches, -1)
+            if missing == message
+            or missing == self.received_as.get(message - message % self.numbers.num_microbatches, -1)
         ]
         peers = [peer for _, peer in heads]
         for posted in (a for a in self.rows[rank] if a.kind.is_recv):

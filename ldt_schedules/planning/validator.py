@@ -19,7 +19,6 @@ order, does anybody wait for ever (`progress`), and does every rank stay within 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 

@@ -185,4 +185,3 @@ def backward_kinds(problem: Problem, stage: int, split: bool) -> tuple[Kind, ...
     """How a plan does the backward of `stage`: (B,) or (I, W)."""
     can_split, can_fuse = problem.costs.can(Kind.I, stage), problem.costs.can(Kind.B, stage)
     return (Kind.I, Kind.W) if can_split and (split or not can_fuse) else (Kind.B,)
-

@@ -46,7 +46,6 @@ SITE_LOCAL_KEYS = (
     "train.trace_iterations",
     "link.address",
     "link.timeout_s",
-    *(f"hardware.{name}" for name in HardwareSection.model_fields),
 )
 """Keys that may differ between the sites: they name local files, or change nothing that crosses the link. (The plan
 itself is compared by its hash, so two table files may have different names but not different contents.)"""

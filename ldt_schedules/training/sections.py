@@ -85,6 +85,7 @@ class ScheduleSection(Section):
     """In which order microbatches run through the stages."""
 
     planner: str = Field("ldt_1f1b", description="the planner that makes the table")
+    memory: str = Field("dev", description="memory budget of auto: none, 1x, 2x, dev, 8GiB, or one amount a rank")
     table: str | None = Field(None, description="file of a ready table, used instead of the planner")
 
     @field_validator("planner")

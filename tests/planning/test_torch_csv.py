@@ -146,7 +146,7 @@ def test_what_cannot_be_written(action, message):
         ("0F0,0RECV_F0\n1F0\n", "stage 0 is the first"),
         ("0F0\n", "at least 2 pipeline ranks"),
         ("0UNSHARD\n1UNSHARD\n", "at least 1 microbatch"),
-        ('0F0,"1\0', "at least 2 pipeline ranks"),
+        ("0F0," + "9" * 200_000, "this is no CSV"),
         ("1F0\r1F0,\r\n", "line 1, cell 1"),
         ("0X0,0F0", "this is no table"),
     ],

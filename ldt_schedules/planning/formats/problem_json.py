@@ -1,19 +1,19 @@
 """The file format of a scheduling problem, `ldt-problem/1`: JSON.
 
-    {"format": "ldt-problem/1", "ranks": 2, "microbatches": 8,
-     "stages": [{"rank": 0, "f": 1, "b": 2}, {"rank": 1, "f": 2, "i": 2, "w": 2, "mem": 1}, {"rank": 0, "f": 1, "b": 2}],
-     "links": [{"src": 0, "dst": 1, "latency": 3, "bandwidth": 10}], "mem_cap": [null, 4]}
+{"format": "ldt-problem/1", "ranks": 2, "microbatches": 8,
+ "stages": [{"rank": 0, "f": 1, "b": 2}, {"rank": 1, "f": 2, "i": 2, "w": 2, "mem": 1}, {"rank": 0, "f": 1, "b": 2}],
+ "links": [{"src": 0, "dst": 1, "latency": 3, "bandwidth": 10}], "mem_cap": [null, 4]}
 
-    ranks, microbatches   how many
-    stages                one object each, the stage's number is its position: `rank` (or one for each domain), `f`, and
-                          `b` or `i` and `w` or all three (a number, or one for each microbatch), `mem` (held from the
-                          start of F, default 1), `mem_w` (what stays between I and W, default `mem`), `name`
-    edges                 [u, v] or [u, v, forward size, backward size]; default the chain 0, 1, 2, …
-    domains, domain_of    microbatch k is of domain `domain_of[k]`, by default k mod `domains`
-    links                 `src`, `dst`, `latency`, `bandwidth` (null: no limit), `resource` (links that share one wire)
-    default_link          `latency`, `bandwidth` of all other links; default: free
-    fwd_size, bwd_size    of the messages; default 1
-    mem_cap               for each rank a number or null; default: no limit
+ranks, microbatches   how many
+stages                one object each, the stage's number is its position: `rank` (or one for each domain), `f`, and
+                      `b` or `i` and `w` or all three (a number, or one for each microbatch), `mem` (held from the
+                      start of F, default 1), `mem_w` (what stays between I and W, default `mem`), `name`
+edges                 [u, v] or [u, v, forward size, backward size]; default the chain 0, 1, 2, …
+domains, domain_of    microbatch k is of domain `domain_of[k]`, by default k mod `domains`
+links                 `src`, `dst`, `latency`, `bandwidth` (null: no limit), `resource` (links that share one wire)
+default_link          `latency`, `bandwidth` of all other links; default: free
+fwd_size, bwd_size    of the messages; default 1
+mem_cap               for each rank a number or null; default: no limit
 """
 
 from __future__ import annotations

@@ -10,12 +10,15 @@ from ldt_schedules.planning.errors import ScheduleError
 from ldt_schedules.planning.layout import Layout
 from ldt_schedules.planning.lowering import lower
 from ldt_schedules.planning.planners.auto import auto, auto_zb
+from ldt_schedules.planning.planners.exact import exact
 from ldt_schedules.planning.planners.gpipe import gpipe
 from ldt_schedules.planning.planners.one_f_one_b import one_f_one_b
 from ldt_schedules.planning.planners.published import ldt_1f1b, ldt_2lap_1f1b, with_backwards
 from ldt_schedules.planning.problem import Problem
 from ldt_schedules.planning.table import ComputeOrder, ScheduleTable
 from ldt_schedules.planning.validator import check
+
+EXACT_TIME_LIMIT_S = 60.0
 
 Planner = Callable[[Problem], ComputeOrder]
 
@@ -25,6 +28,11 @@ def _fixed(rule: Callable[[Layout, int], ComputeOrder]) -> Planner:
     return lambda problem: with_backwards(problem, rule(problem.layout, problem.num_microbatches), split=False)
 
 
+def _exact(problem: Problem) -> ComputeOrder:
+    """Optimal, for small problems: CP-SAT starts from what `auto` found. Fused where stages allow that."""
+    return exact(problem, split=False, time_limit_s=EXACT_TIME_LIMIT_S, hint=auto(problem)).order
+
+
 PLANNERS: dict[str, Planner] = {
     "ldt_1f1b": _fixed(ldt_1f1b),
     "gpipe": _fixed(gpipe),
@@ -32,7 +40,12 @@ PLANNERS: dict[str, Planner] = {
     "one_f_one_b": _fixed(one_f_one_b),
     "auto": auto,
     "auto_zb": auto_zb,
+    "exact": _exact,
 }
+
+
+PLAN_FOR_COSTS = ("auto", "auto_zb", "exact")
+"""Planners whose order depends on what things cost; the others look at the layout alone."""
 
 
 def plan(name: str, layout: Layout, num_microbatches: int, forward_only: bool = False) -> ScheduleTable:
@@ -49,7 +62,11 @@ def plan_problem(name: str, problem: Problem, forward_only: bool = False) -> Sch
     Raises:
         ScheduleError: no such planner, or a layout that the planner does not know.
     """
-    order = planner(name)(problem)
+    return table_of(planner(name)(problem), problem, forward_only)
+
+
+def table_of(order: ComputeOrder, problem: Problem, forward_only: bool = False) -> ScheduleTable:
+    """The validated table that runs `order`."""
     if forward_only:
         order = tuple(tuple(action for action in row if action.kind is Kind.F) for row in order)
     table = lower(problem.layout, problem.num_microbatches, order, forward_only, costs=problem.costs)

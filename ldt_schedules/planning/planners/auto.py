@@ -60,10 +60,8 @@ def _plan(problem: Problem, split: bool, effort: int) -> ComputeOrder:
     graph = work_graph(problem, split)
     found = _search(problem, graph, bound, effort, known)
     order = graph.order(found.starts) if found is not None else _one_at_a_time(graph)
-    if found is None or graph.num_resources:  # the search queues for wires as the simulator does, but for ties
-        makespan = simulate(problem.layout, order, problem.costs).makespan
-    else:
-        makespan = found.makespan
+    certain = found is not None and not graph.num_resources  # at wires, ties may fall differently in a simulation
+    makespan = found.makespan if found and certain else simulate(problem.layout, order, problem.costs).makespan
     return known if fits and timeline.makespan <= makespan else order
 
 
@@ -80,10 +78,10 @@ def _search(
     if known and not search.done:
         plans.append(search.try_targets(_targets_of(graph, known)))
     enough = search.effort + (_FEWEST_SEEDS * size if huge else int(_SEED_SHARE * effort))
-    for targets, room in seeds(graph):
+    for targets, room, reserve in seeds(graph):
         if search.done or search.effort >= enough:
             break
-        plans.append(search.try_targets(targets, room))
+        plans.append(search.try_targets(targets, room, reserve))
     _justify_best(search, plans, 1 if huge else _JUSTIFIED)
     if not huge and short is not None and not search.done:
         _justify_best(search, _from_short_step(search, problem, short, graph, effort), _JUSTIFIED)

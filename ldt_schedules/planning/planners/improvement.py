@@ -31,6 +31,7 @@ _NOISE_LENGTHS = (0.3, 1.0, 2.0, 4.0)
 _PERIODS = (0, 0, 1, 2, 3, 4)
 _STALE = 60
 _ACCEPT_WORSE = 0.002
+_RESERVING = 0.5
 
 
 @dataclass
@@ -55,28 +56,28 @@ class Search:
         """Is the best schedule within the tolerance of the bound?"""
         return self.best is not None and self.best.makespan <= self.bound * (1 + self.tolerance)
 
-    def try_targets(self, targets: Targets, room: Room = None) -> Plan | None:
+    def try_targets(self, targets: Targets, room: Room = None, reserve: bool = False) -> Plan | None:
         """List-schedule by `targets`; remembers the result if it is the best."""
         self.effort += self.graph.num_instances
-        plan = self.forward.run(targets, room)
+        plan = self.forward.run(targets, room, reserve)
         self._remember(plan)
         return plan
 
-    def justify(self, plan: Plan, rounds: int) -> Plan:
+    def justify(self, plan: Plan, rounds: int, reserve: bool = False) -> Plan:
         """The best of `rounds` backward and forward passes, `plan` included."""
         best = current = plan
         for _ in range(rounds):
             if self.done:
                 break
             self.effort += self.graph.num_instances
-            back = self.backward.run(_mirrored(current))
+            back = self.backward.run(_mirrored(current), None, reserve)
             if back is None:
                 break
             turned = _turned(back)
             if not self.queues:  # the backward pass knows no wires: with queues its times are not to be had
                 self._remember(turned)
                 best = min(best, turned, key=_makespan)
-            again = self.try_targets(turned.starts)
+            again = self.try_targets(turned.starts, None, reserve)
             if again is None or again.makespan >= current.makespan - _MORE_THAN_NOISE:
                 break
             best, current = min(best, again, key=_makespan), again
@@ -92,10 +93,11 @@ class Search:
         while self.effort < until and not self.done and current is not None and self.best is not None:
             known = self.best.makespan
             noise = _noise(rng, current, mean * rng.choice(_NOISE_LENGTHS), rng.choice(_PERIODS))
-            plan = self.try_targets(noise)
+            reserve = rng.random() < _RESERVING
+            plan = self.try_targets(noise, None, reserve)
             if plan is None:
                 continue
-            plan = self.justify(plan, 2)
+            plan = self.justify(plan, 2, reserve)
             worst = current.makespan * (1 + _ACCEPT_WORSE * rng.random() ** 2) + _MORE_THAN_NOISE
             if plan.makespan <= worst:
                 current = plan

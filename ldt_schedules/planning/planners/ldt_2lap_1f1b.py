@@ -22,11 +22,9 @@ from ldt_schedules.planning.actions import Action, Kind
 from ldt_schedules.planning.planners.ldt_1f1b import turnarounds
 
 
-
-
 def two_lap_row(rank: int, num_ranks: int, num_microbatches: int) -> list[Action]:
     """The order of one pipeline rank, for microbatches 0..M-1 of one domain."""
-    M, K = num_microbatches, turnarounds(num_ranks, num_microbatches)  # noqa: N806 - the names of the rule above
+    M, K = num_microbatches, turnarounds(num_ranks, num_microbatches)
     first, second, tail = rank, num_ranks + rank, 2 * num_ranks
     left = {(kind, stage): M for kind in (Kind.F, Kind.B) for stage in (first, second, tail)}
     row: list[Action] = []

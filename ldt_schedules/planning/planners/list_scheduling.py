@@ -17,6 +17,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ldt_schedules.planning.work_graph import WorkGraph
 
@@ -60,13 +61,20 @@ class ListScheduler:
         self.num_arcs = number
         self.bankers = [_Banker(graph, rank, works) for rank, works in enumerate(self.of_rank)]
 
-    def run(self, targets: Targets, room: Sequence[float] | None = None) -> Plan | None:
+    def run(self, targets: Targets, room: Sequence[float] | None = None, reserve: bool = False) -> Plan | None:
         """One schedule; None when it got stuck (memory that is held in a circle over several ranks).
 
         Args:
             room: for each work that takes memory, how much of it may be held at once, on top of the rank's cap.
+            reserve: keep memory for what is more urgent and already under way, instead of giving it to what is here.
         """
-        works, of_rank, rank_of, durations, counts = self.graph.works, self.of_rank, self.rank_of, self.durations, self.counts
+        works, of_rank, rank_of, durations, counts = (
+            self.graph.works,
+            self.of_rank,
+            self.rank_of,
+            self.durations,
+            self.counts,
+        )
         takes, frees, arcs_out, arcs_into = self.takes, self.frees, self.arcs_out, self.arcs_into
         started, ended = [0] * len(works), [0] * len(works)
         ready = [0 if arcs_into[w] else counts[w] for w in range(len(works))]
@@ -93,6 +101,8 @@ class ListScheduler:
                     k = started[w]
                     if k < ready[w] and targets[w][k] < least:
                         need = takes[w]
+                        if need and (reserve and bankers[rank].is_reserved(w, targets, started, ended, used[rank])):
+                            continue
                         if need and (
                             used[rank] + need > caps[rank]
                             or (started[w] - ended[bankers[rank].closing[w]]) * need + need > limits[w] + _EPS
@@ -160,9 +170,22 @@ class _Banker:
         for w in takers:
             self.closing[w] = _closing_work(graph, w)
         self.takes = {w: graph.works[w].takes for w in takers}
+        self.sources = {w: [arc.source for arc in graph.into[w]] for w in takers if graph.into[w]}
         domains = sorted({graph.works[w].domain for w in takers})
         self.levels = [[(w, self.closing[w]) for w in takers if graph.works[w].domain == d] for d in domains]
         self.trivial = self.cap == float("inf") or all(len(levels) < 2 for levels in self.levels)
+
+    def is_reserved(self, work: int, targets: Targets, started: list[int], ended: list[int], used: float) -> bool:
+        """Would `work` take memory that a more urgent instance needs, whose input is under way to this rank?"""
+        free = self.cap - used - self.takes[work]
+        mine = targets[work][started[work]]
+        for other, sources in self.sources.items():
+            k = started[other]
+            too_big = other != work and self.takes[other] > free
+            more_urgent = too_big and k < len(targets[other]) and targets[other][k] < mine
+            if more_urgent and all(ended[source] > k for source in sources):
+                return True
+        return False
 
     def admits(self, work: int, started: list[int], ended: list[int], used: float) -> bool:
         """Is the state safe once `work` has taken its memory?"""
@@ -172,7 +195,7 @@ class _Banker:
         groups: list[tuple[float, float]] = []  # (what the first member lacks, what the group holds)
         for levels in self.levels:
             borders = sorted({n for opening, closing in levels for n in (started[opening], ended[closing])})
-            for low, high in zip(borders, borders[1:]):
+            for low, high in pairwise(borders):
                 lacks = holds = 0.0
                 for opening, closing in levels:
                     if low >= started[opening]:

@@ -41,14 +41,16 @@ _SEVERAL = (
 _SINGLE = ((1.0, 2.0), (2.0, 1.0))
 
 
-def seeds(graph: WorkGraph) -> Iterator[tuple[Targets, Room]]:
-    """Targets and shares of memory to start from, the most often successful ones first."""
+def seeds(graph: WorkGraph) -> Iterator[tuple[Targets, Room, bool]]:
+    """Targets, shares of memory and whether to reserve it, to start from; the most often successful ones first."""
     rooms = list(_rooms(graph))
     for single in _SINGLE:
         for several in _SEVERAL:
             targets = _targets(graph, several, single)
+            if len(rooms) > 1:
+                yield targets, None, True
             for room in rooms:
-                yield targets, room
+                yield targets, room, False
 
 
 def _targets(graph: WorkGraph, several: tuple[float, ...], single: tuple[float, ...]) -> Targets:

@@ -43,14 +43,15 @@ def ldt_2lap_1f1b(layout: Layout, num_microbatches: int) -> ComputeOrder:
 
 def published(problem: Problem) -> ComputeOrder:
     """The published order for the problem's layout; stages that can only do I and W do both where B would stand."""
-    layout = problem.layout
+    rule = _RULES[name_of_published(problem.layout)]
+    return with_backwards(problem, rule(problem.layout, problem.num_microbatches), split=False)
+
+
+def name_of_published(layout: Layout) -> str:
+    """The name of the published order for a layout."""
     if layout.rings(1):
-        order = ldt_1f1b(layout, problem.num_microbatches)
-    elif layout.rings(2):
-        order = ldt_2lap_1f1b(layout, problem.num_microbatches)
-    else:
-        order = one_f_one_b(layout, problem.num_microbatches)
-    return with_backwards(problem, order, split=False)
+        return "ldt_1f1b"
+    return "ldt_2lap_1f1b" if layout.rings(2) else "one_f_one_b"
 
 
 def with_backwards(problem: Problem, order: ComputeOrder, split: bool) -> ComputeOrder:
@@ -90,3 +91,10 @@ def _round_the_ring(layout: Layout, num_microbatches: int, laps: int, rule: _Row
                 edge.append(row)
     rows[EDGE_RANK] = [action for together in zip_longest(*edge) for action in together if action is not None]
     return tuple(map(tuple, rows))
+
+
+_RULES: dict[str, Callable[[Layout, int], ComputeOrder]] = {
+    "ldt_1f1b": ldt_1f1b,
+    "ldt_2lap_1f1b": ldt_2lap_1f1b,
+    "one_f_one_b": one_f_one_b,
+}
