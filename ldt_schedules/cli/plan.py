@@ -186,7 +186,7 @@ def _table(chosen: Evaluation, problem: Problem, forward_only: bool) -> Schedule
             f"the {chosen.name} order does not fit into the memory budget: {', '.join(over)}; give more memory "
             "(--memory) or take --schedule auto, which plans for what there is"
         )
-    return table_of(chosen.order, problem, forward_only)
+    return table_of(chosen.order, problem, forward_only, chosen.timeline)
 
 
 def _short_figures(candidate: Evaluation) -> dict[str, Any]:

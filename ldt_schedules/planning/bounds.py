@@ -23,6 +23,7 @@ import heapq
 import math
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ldt_schedules.planning.actions import Kind
 from ldt_schedules.planning.problem import Problem
@@ -52,6 +53,7 @@ class Bounds:
         return max(("path", "rank", "link", "memory"), key=lambda name: getattr(self, name))
 
 
+@lru_cache(maxsize=16)
 def lower_bounds(problem: Problem, split: bool) -> Bounds:
     """Bounds for tables with fused backwards, or (`split`) for those that may use I and W."""
     return _Bounding(problem, work_graph(problem, split)).bounds()

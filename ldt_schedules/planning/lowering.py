@@ -30,13 +30,13 @@ from dataclasses import dataclass
 from ldt_schedules.planning.actions import Action, Kind
 from ldt_schedules.planning.bulk import many_objects
 from ldt_schedules.planning.channels import Lane, lane_of
-from ldt_schedules.planning.costs import Costs
 from ldt_schedules.planning.dependencies import Dataflow, Value, What
 from ldt_schedules.planning.errors import ScheduleError
 from ldt_schedules.planning.layout import Layout
 from ldt_schedules.planning.numbering import Key, Numbering
 from ldt_schedules.planning.simulator import simulate
 from ldt_schedules.planning.table import ComputeOrder, ScheduleTable
+from ldt_schedules.planning.timeline import Timeline
 
 _Rows = list[list[Action]]
 
@@ -47,7 +47,7 @@ def lower(
     compute_order: ComputeOrder,
     forward_only: bool = False,
     prefetch: int = 1,
-    costs: Costs | None = None,
+    timeline: Timeline | None = None,
 ) -> ScheduleTable:
     """The table that runs `compute_order`: equal to it once its SENDs and RECVs are left out.
 
@@ -56,7 +56,8 @@ def lower(
     Args:
         prefetch: how many compute actions earlier than the global order says a RECV is posted, so that its buffer is
             ready when the message comes.
-        costs: what the global order is simulated with; the order of messages then is that of their making.
+        timeline: `compute_order` as it was simulated, so that messages go in the order in which they will be made;
+            default: a simulation with default costs.
 
     Raises:
         ScheduleError: the order cannot be run (see `simulate`), or `prefetch` is negative.
@@ -64,19 +65,19 @@ def lower(
     if prefetch < 0:
         raise ScheduleError(f"prefetch is a number of compute actions, 0 or more, got {prefetch}")
     with many_objects():
-        rows = _rows_with_messages(layout, num_microbatches, compute_order, forward_only, costs)
+        rows = _rows_with_messages(layout, num_microbatches, compute_order, forward_only, timeline)
         if prefetch:
             rows = [_hoist_receives(rank, row, prefetch) for rank, row in enumerate(rows)]
         return ScheduleTable.from_rows(layout, num_microbatches, rows, forward_only)
 
 
 def _rows_with_messages(
-    layout: Layout, num_microbatches: int, compute_order: ComputeOrder, forward_only: bool, costs: Costs | None
+    layout: Layout, num_microbatches: int, compute_order: ComputeOrder, forward_only: bool, timeline: Timeline | None
 ) -> _Rows:
     numbers = Numbering(Dataflow(layout, forward_only), num_microbatches)
     routes: dict[Key, list[_Route]] = {}
     rows: _Rows = [[] for _ in range(layout.num_ranks)]
-    for span in simulate(layout, compute_order, costs).spans:
+    for span in (timeline or simulate(layout, compute_order)).spans:
         action, rank = span.action, span.rank
         rows[rank].append(action)
         key = numbers.key(action)

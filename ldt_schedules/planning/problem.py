@@ -57,12 +57,13 @@ class Problem:
             )
 
     def _one_microbatch(self, rank: int, domain: int) -> float:
-        """The least a single microbatch holds on `rank` at its peak: a stage runs while all stages before it are held."""
+        """The least a single microbatch holds on `rank` at its peak: a stage runs while all stages before it are held,
+        wherever it stands itself."""
         members = {s.index for s in self.layout.stages if s.ranks[domain % len(s.ranks)] == rank}
         behind: dict[int, frozenset[int]] = {}
         for stage in self.layout.forward_order:
             behind[stage] = frozenset((stage,)).union(*(behind[source] for source in self.layout.inputs(stage)))
-        return max((sum(self.costs.held(s) for s in behind[stage] & members) for stage in members), default=0.0)
+        return max(sum(self.costs.held(s) for s in stages & members) for stages in behind.values())
 
     def cap(self, rank: int) -> float:
         """What `rank` may hold; infinite where there is no limit."""

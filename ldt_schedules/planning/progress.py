@@ -18,7 +18,7 @@ from enum import Enum
 from ldt_schedules.planning.actions import Action
 from ldt_schedules.planning.channels import Lane, lane_of
 from ldt_schedules.planning.dependencies import Dataflow
-from ldt_schedules.planning.numbering import Numbering
+from ldt_schedules.planning.numbering import Family, Key, Numbering
 from ldt_schedules.planning.table import ScheduleTable
 
 
@@ -72,7 +72,9 @@ class _Play:
         self.rows, self.semantics, self.numbers = table.ranks, semantics, numbers
         self.position = [0] * len(self.rows)
         self.waits = [-1] * len(self.rows)  # the value a rank waits for
-        families = [[numbers.family(action) for action in row] for row in self.rows]
+        self.received_as: dict[int, int] = {}
+        known: dict[Key, Family] = {}
+        families = [[self._family(action, known) for action in row] for row in self.rows]
         self.families = families
         self.there = bytearray(numbers.size)
         self.passed = bytearray(numbers.size)
@@ -80,12 +82,16 @@ class _Play:
         self.lane_numbers: dict[tuple[int, object, object], int] = {}
         # What each rank has posted on each of its lanes and has not passed yet, in order: (message, other rank).
         self.queues: list[list[deque[tuple[int, int]]]] = [[deque() for _ in Lane] for _ in self.rows]
-        self.received_as: dict[int, int] = {}
-        for row, row_families in zip(self.rows, families, strict=True):
-            for action, family in zip(row, row_families, strict=True):
-                if action.kind.is_recv:
-                    self.received_as[family.takes[0]] = family.makes[0]
         self.ready: list[int] = []
+
+    def _family(self, action: Action, known: dict[Key, Family]) -> Family:
+        key = self.numbers.key(action)
+        family = known.get(key)
+        if family is None:
+            family = known[key] = self.numbers.family(action)
+            if action.kind.is_recv:
+                self.received_as[family.takes[0]] = family.makes[0]
+        return family
 
     def run(self) -> list[Stuck]:
         self.ready = list(range(len(self.rows)))

@@ -28,7 +28,7 @@ from ldt_schedules.planning.channels import lane
 from ldt_schedules.planning.dependencies import MESSAGES, What
 from ldt_schedules.planning.errors import ScheduleError
 from ldt_schedules.planning.memory import first_excess
-from ldt_schedules.planning.numbering import Key
+from ldt_schedules.planning.numbering import Family, Key
 from ldt_schedules.planning.problem import Problem
 from ldt_schedules.planning.progress import Semantics, Stuck, circle, numbering_of, waiting_forever
 from ldt_schedules.planning.table import ScheduleTable
@@ -125,10 +125,11 @@ class _Validation:
 
     def run(self, blocking: bool) -> list[Violation]:
         for rank, row in enumerate(self.table.ranks):
-            possible: dict[Key, bool] = {}
+            known: dict[Key, Family | None] = {}
             for index, action in enumerate(row):
-                if self._is_possible(rank, index, action, possible):
-                    self._add((rank, index), action)
+                family = self._family(rank, index, action, known)
+                if family is not None:
+                    self._add((rank, index), action, family)
         self._taken_after_made()
         self._nothing_left_over()
         self._complete()
@@ -146,21 +147,25 @@ class _Validation:
         text = str(row[index]) if 0 <= index < len(row) else ""
         self.found.append(Violation(name, rank, index, text, message, context))
 
-    def _is_possible(self, rank: int, index: int, action: Action, possible: dict[Key, bool]) -> bool:
-        """Stage, microbatches, rank and peer; what fails here takes no part in the other checks."""
+    def _family(self, rank: int, index: int, action: Action, known: dict[Key, Family | None]) -> Family | None:
+        """What the action takes and makes; None if stage, microbatches, rank or peer are impossible, which is reported.
+
+        What fails here takes no part in the other checks.
+        """
         for m in action.microbatches:
             if not 0 <= m < self.table.num_microbatches:
                 last = self.table.num_microbatches - 1
                 self._report("action", (rank, index), f"there is no microbatch {m}; they are 0..{last}")
-                return False
+                return None
         key = self.numbers.key(action)
-        if not possible.get(key) or len(action.microbatches) > 1:  # what is wrong is said each time
+        family = known.get(key)
+        if family is None or len(action.microbatches) > 1:  # what is wrong is said each time
             wrong = self._what_is_impossible(rank, action)
-            possible[key] = wrong is None
             if wrong is not None:
                 self._report(wrong[0], (rank, index), wrong[1])
-                return False
-        return True
+                return None
+            family = known[key] = self.numbers.family(action)
+        return family
 
     def _what_is_impossible(self, rank: int, action: Action) -> tuple[str, str] | None:
         layout = self.table.layout
@@ -180,20 +185,18 @@ class _Validation:
             return "peer", str(error).partition(": ")[2]
         return None
 
-    def _add(self, place: Place, action: Action) -> None:
+    def _add(self, place: Place, action: Action, family: Family) -> None:
         """Note what the action makes, takes and moves."""
-        family, microbatches = self.numbers.family(action), action.microbatches
+        microbatches, made, taken = action.microbatches, self.made, self.taken
         for m in microbatches:
             for base in family.makes:
-                if base + m in self.made:
-                    self._twice("made", base + m, self.made[base + m], place)
-                else:
-                    self.made[base + m] = place
+                first = made.setdefault(base + m, place)
+                if first is not place:
+                    self._twice("made", base + m, first, place)
             for base in family.takes:
-                if base + m in self.taken:
-                    self._twice("taken", base + m, self.taken[base + m], place)
-                else:
-                    self.taken[base + m] = place
+                first = taken.setdefault(base + m, place)
+                if first is not place:
+                    self._twice("taken", base + m, first, place)
         if action.kind.is_compute:
             if action.kind is not Kind.I:
                 self.done["F" if action.kind is Kind.F else "B", action.stage].update(microbatches)

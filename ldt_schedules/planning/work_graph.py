@@ -129,7 +129,8 @@ class _Builder:
             maker: dict[Value, int] = {}
             for kind, stage in self._kinds():
                 action = Action(kind, stage, members[:1])
-                arcs = [self._arc(maker[value], len(works), value, works) for value in self.flow.takes(action)]
+                needs = [value for value in self.flow.takes(action) if not self._is_implied(value)]
+                arcs = [self._arc(maker[value], len(works), value, works) for value in needs]
                 into.append(tuple(arcs))
                 for value in self.flow.makes(action):
                     reached = self.flow.delivery(value) if value.what in (What.OUTPUT, What.INPUT_GRAD) else value
@@ -143,6 +144,10 @@ class _Builder:
         return WorkGraph(
             self.layout.num_ranks, tuple(works), tuple(into), tuple(map(tuple, out)), caps, len(self.resources)
         )
+
+    def _is_implied(self, value: Value) -> bool:
+        """What a forward saved is there when the gradient of its output is: that came by way of the same forward."""
+        return value.what is What.SAVED and bool(self.layout.consumers(value.stage))
 
     def _kinds(self) -> list[tuple[Kind, int]]:
         kinds = [(Kind.F, stage) for stage in self.layout.forward_order]

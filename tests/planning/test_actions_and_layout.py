@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from ldt_schedules.planning import Action, Kind, Layout, ScheduleError, Stage
 
 ACTIONS = st.builds(
-    lambda kind, stage, microbatches, peer: Action(kind, stage, microbatches, None if kind.is_compute else peer),
+    lambda kind, stage, microbatches, ends: Action(kind, stage, microbatches, *(() if kind.is_compute else ends)),
     st.sampled_from(Kind),
     st.integers(0, 200),
     st.lists(st.integers(0, 999), min_size=1, max_size=4, unique=True).map(tuple),
-    st.integers(0, 99),
+    st.tuples(st.integers(0, 99), st.none() | st.integers(0, 200)),
 )
 
 
@@ -35,6 +35,9 @@ NO_ACTIONS = (
         "F s0 m(0)",
         "F s0 m0 ->1",
         "f s0 m0",
+        "F s0 m0/s1",
+        "SEND_F s0 m0 ->1/s",
+        "SEND_F s0 m0 ->1/1",
     ],
     ["SEND_F s0 m0", "SEND_F s0 m0 <-1", "RECV_F s0 m0 ->1", "F s0 m(0,0)", "F  s0 m0", "F s0 m" + "9" * 5000],
 )
@@ -68,12 +71,17 @@ def test_domains_share_out_microbatches():
     [
         ((), "at least one stage"),
         ((Stage(1, "a", (0,), ()),), "number stages"),
-        ((Stage(0, "a", (0,), (0,)),), "does not come before it"),
+        ((Stage(0, "a", (0,), (0,)),), r"stages \[0\] wait for each other: the graph of stages has a cycle"),
+        (
+            (Stage(0, "a", (0,), ()), Stage(1, "b", (1,), (0, 2)), Stage(2, "c", (2,), (1,))),
+            r"stages \[1, 2\] wait for each other",
+        ),
+        ((Stage(0, "a", (0,), ()), Stage(1, "b", (1,), (7,))), "stage 1 takes its input from stage 7"),
         ((Stage(0, "a", (1,), ()),), "without gaps"),
         ((Stage(0, "a", (), ()),), "no rank"),
         (
-            (Stage(0, "a", (0,), ()), Stage(1, "b", (1,), (0,)), Stage(2, "c", (1,), (0,))),
-            "two neighbours on one rank",
+            (Stage(0, "a", (0,), ()), Stage(1, "b", (1, 2), (0,)), Stage(2, "c", (1, 2, 3), (1,))),
+            "the same number of ranks",
         ),
     ],
 )
@@ -82,6 +90,45 @@ def test_impossible_layouts_are_refused(stages, message):
         Layout(stages)
 
 
+def test_a_rank_and_a_domain_that_do_not_exist():
+    chain = (Stage(0, "a", (0,), ()), Stage(1, "b", (3,), (0,)))
+    with pytest.raises(ScheduleError, match=r"stage 1 stands on rank 3, which does not exist; ranks are 0\.\.1"):
+        Layout(chain, 2)
+    assert Layout(chain, 4).has_idle_ranks
+    shared = (Stage(0, "a", (0,), ()), Stage(1, "b", (1, 2), (0,)))
+    with pytest.raises(ScheduleError, match=r"microbatch 1 is of domain 2; there are domains 0\.\.1"):
+        Layout(shared, 3, (0, 2))
+    assert [Layout(shared, 3, (1, 1, 0)).rank_of(1, m) for m in range(3)] == [2, 2, 1]
+
+
+def test_several_neighbours_may_stand_on_one_rank():
+    layout = Layout((Stage(0, "a", (0,), ()), Stage(1, "b", (1,), (0,)), Stage(2, "c", (1,), (0,))))
+    assert layout.consumers(0) == (1, 2)
+    assert layout.neighbours_on(layout.consumers(0), 1, 0) == [1, 2]
+
+
+def test_stages_need_not_be_numbered_in_forward_order():
+    layout = Layout((Stage(0, "last", (0,), (1,)), Stage(1, "middle", (1,), (2,)), Stage(2, "first", (0,), ())))
+    assert layout.forward_order == (2, 1, 0)
+    assert layout.is_head(2) and layout.is_tail(0)
+
+
+@pytest.mark.parametrize("ranks", range(2, 6))
+@pytest.mark.parametrize("laps", [1, 2, 3])
+@pytest.mark.parametrize("domains", [1, 2])
+def test_laps_go_round_the_ring(ranks, laps, domains):
+    layout = Layout.laps(ranks, laps, domains)
+    assert len(layout.stages) == laps * ranks + 1 and layout.num_ranks == 1 + domains * (ranks - 1)
+    rings = layout.rings(laps)
+    assert rings == [(0, *range(1 + d * (ranks - 1), 1 + (d + 1) * (ranks - 1))) for d in range(domains)]
+    assert [layout.rank_of(s, domains - 1) for s in range(ranks + 1)] == [*rings[-1], 0]
+    assert layout.rings(laps + 1) is None or laps * ranks % (laps + 1) == 0
+
+
 def test_an_edge_alone_is_no_u():
     with pytest.raises(ScheduleError, match="at least 2 pipeline ranks"):
         Layout.u(1)
+    with pytest.raises(ScheduleError, match="at least 1 lap, got 0"):
+        Layout.laps(2, 0)
+    with pytest.raises(ScheduleError, match="at least 1 domain, got 0"):
+        Layout.u(2, 0)

@@ -37,10 +37,11 @@ def fits(problem, order):
 
 def check_plan(problem, plan):
     """What holds for every result, optimal or not."""
-    assert simulate(problem.layout, plan.order, problem.costs).makespan == plan.makespan
+    timeline = simulate(problem.layout, plan.order, problem.costs)
+    assert timeline.makespan == plan.makespan
     assert plan.lower_bound <= plan.makespan
     assert fits(problem, plan.order)
-    check(lower(problem.layout, problem.num_microbatches, plan.order, costs=problem.costs))
+    check(lower(problem.layout, problem.num_microbatches, plan.order, timeline=timeline))
 
 
 @pytest.mark.parametrize(
@@ -124,6 +125,8 @@ def test_bounds_and_planners_against_the_optimum(kind, seed):
         if plan.is_optimal:
             assert plan.lower_bound >= bound - 1e-6
     for name, planner in PLANNERS.items():
+        if name == "exact":
+            continue  # it is what the others are compared with
         try:
             order = planner(problem)
         except ScheduleError:

@@ -50,7 +50,7 @@ def with_action(text):
         (with_action(3), "rank 1, action 2: cannot read action"),
         (with_action("SEND_F s1 m0"), "names no peer"),
         (with_action("F s1 m" + "9" * 5000), "rank 1, action 2: cannot read action"),
-        (TEXT.replace('"num_microbatches": 2', '"num_microbatches": ' + "9" * 5000), "this is no table"),
+        (TEXT.replace('"num_microbatches": 2', '"num_microbatches": ' + "9" * 5000), "this cannot be read"),
         (TEXT.replace('"forward_only"', '"x"').replace('"1": [', '"0": ['), "the key '0' stands twice"),
         (altered(ranks={"0": []}), '"ranks" has no row for 1, 2'),
         ("Rank 0 Rank 1\nnonsense", "line 2: expected 'Step NN"),

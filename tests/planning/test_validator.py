@@ -42,7 +42,7 @@ def twice(text):
 BROKEN = {
     "no such stage": (0, replaced("F s0 m0", "F s9 m0"), "action", "there is no stage 9"),
     "no such microbatch": (0, replaced("F s0 m3", "F s0 m4"), "action", "there is no microbatch 4"),
-    "wrong rank": (1, replaced("F s1 m0", "F s2 m0"), "action", "stage 2 stands on rank 2, not on 1"),
+    "wrong rank": (1, replaced("F s1 m0", "F s2 m0"), "action", "stage 2 of microbatch 0 stands on rank 2, not on 1"),
     "peer holds no neighbour": (
         0,
         replaced("SEND_F s0 m0 ->1", "SEND_F s0 m0 ->2"),

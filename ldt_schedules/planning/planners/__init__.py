@@ -15,7 +15,9 @@ from ldt_schedules.planning.planners.gpipe import gpipe
 from ldt_schedules.planning.planners.one_f_one_b import one_f_one_b
 from ldt_schedules.planning.planners.published import ldt_1f1b, ldt_2lap_1f1b, with_backwards
 from ldt_schedules.planning.problem import Problem
+from ldt_schedules.planning.simulator import simulate
 from ldt_schedules.planning.table import ComputeOrder, ScheduleTable
+from ldt_schedules.planning.timeline import Timeline
 from ldt_schedules.planning.validator import check
 
 EXACT_TIME_LIMIT_S = 60.0
@@ -65,11 +67,14 @@ def plan_problem(name: str, problem: Problem, forward_only: bool = False) -> Sch
     return table_of(planner(name)(problem), problem, forward_only)
 
 
-def table_of(order: ComputeOrder, problem: Problem, forward_only: bool = False) -> ScheduleTable:
-    """The validated table that runs `order`."""
+def table_of(
+    order: ComputeOrder, problem: Problem, forward_only: bool = False, timeline: Timeline | None = None
+) -> ScheduleTable:
+    """The validated table that runs `order`; `timeline` is its simulation, if that is at hand."""
     if forward_only:
-        order = tuple(tuple(action for action in row if action.kind is Kind.F) for row in order)
-    table = lower(problem.layout, problem.num_microbatches, order, forward_only, costs=problem.costs)
+        order, timeline = tuple(tuple(action for action in row if action.kind is Kind.F) for row in order), None
+    timeline = timeline or simulate(problem.layout, order, problem.costs)
+    table = lower(problem.layout, problem.num_microbatches, order, forward_only, timeline=timeline)
     check(table)
     return table
 

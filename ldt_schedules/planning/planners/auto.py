@@ -17,6 +17,7 @@ from dataclasses import replace
 
 from ldt_schedules.planning.actions import Action, Kind
 from ldt_schedules.planning.bounds import lower_bounds
+from ldt_schedules.planning.bulk import many_objects
 from ldt_schedules.planning.memory import peak_memory
 from ldt_schedules.planning.planners.improvement import CLOSE_ENOUGH, Search, repeated
 from ldt_schedules.planning.planners.list_scheduling import Plan, Targets
@@ -34,19 +35,21 @@ _SEED_SHARE, _SHORT_SHARE = 0.35, 0.3
 _JUSTIFIED = 6
 _ROUNDS = 6
 _HUGE = 10  # a step is huge when fewer passes than this are affordable
-_HUGE_TOLERANCE = 0.002
+_HUGE_TOLERANCE = 0.004
 _FEWEST_SEEDS = 2
 _SHORT_LIMIT = 16
 
 
 def auto(problem: Problem, effort: int = EFFORT) -> ComputeOrder:
     """The best order we can find with every backward in one piece, where stages allow that."""
-    return _plan(problem, False, effort)
+    with many_objects():
+        return _plan(problem, False, effort)
 
 
 def auto_zb(problem: Problem, effort: int = EFFORT) -> ComputeOrder:
     """The best order with input and weight gradients apart (zero bubble, Qi et al., arXiv:2401.10241)."""
-    return _plan(problem, True, effort)
+    with many_objects():
+        return _plan(problem, True, effort)
 
 
 def _plan(problem: Problem, split: bool, effort: int) -> ComputeOrder:
@@ -77,6 +80,8 @@ def _search(
         plans += _from_short_step(search, problem, short, graph, effort)
     if known and not search.done:
         plans.append(search.try_targets(_targets_of(graph, known)))
+    if huge:
+        _justify_best(search, plans, 1)
     enough = search.effort + (_FEWEST_SEEDS * size if huge else int(_SEED_SHARE * effort))
     for targets, room, reserve in seeds(graph):
         if search.done or search.effort >= enough:
@@ -94,7 +99,7 @@ def _justify_best(search: Search, plans: list[Plan | None], count: int) -> None:
     there = sorted((plan for plan in plans if plan is not None), key=lambda plan: plan.makespan)
     for plan in there[:count]:
         if not search.done:
-            search.justify(plan, 2 if count == 1 else _ROUNDS)
+            search.justify(plan, 3 if count == 1 else _ROUNDS)
 
 
 def _from_short_step(

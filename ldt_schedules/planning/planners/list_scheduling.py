@@ -25,6 +25,7 @@ Targets = Sequence[Sequence[float]]
 """`targets[w][k]`: when instance k of work w should start, or any other figure of urgency; less is sooner."""
 
 _EPS = 1e-9
+_INFINITY = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +48,16 @@ class ListScheduler:
         self.takes = [work.takes for work in graph.works]
         self.frees = [work.frees for work in graph.works]
         self.of_rank = [graph.works_on(rank) for rank in range(graph.num_ranks)]
-        # Arcs in the form the loop reads: (arc number, target, latency, transmission, resource).
-        self.arcs_out: list[list[tuple[int, int, float, float, int]]] = []
+        # Arcs in the form the loop reads: (arc number, latency, transmission, resource).
+        self.arcs_out: list[list[tuple[int, float, float, int]]] = []
+        self.target_of: list[int] = []
         self.arcs_into: list[list[int]] = [[] for _ in graph.works]
         number = 0
         for arcs in graph.out:
             outgoing = []
             for arc in arcs:
-                outgoing.append((number, arc.target, arc.latency, arc.transmission, arc.resource))
+                outgoing.append((number, arc.latency, arc.transmission, arc.resource))
+                self.target_of.append(arc.target)
                 self.arcs_into[arc.target].append(number)
                 number += 1
             self.arcs_out.append(outgoing)
@@ -68,91 +71,109 @@ class ListScheduler:
             room: for each work that takes memory, how much of it may be held at once, on top of the rank's cap.
             reserve: keep memory for what is more urgent and already under way, instead of giving it to what is here.
         """
-        works, of_rank, rank_of, durations, counts = (
-            self.graph.works,
-            self.of_rank,
-            self.rank_of,
-            self.durations,
-            self.counts,
-        )
-        takes, frees, arcs_out, arcs_into = self.takes, self.frees, self.arcs_out, self.arcs_into
-        started, ended = [0] * len(works), [0] * len(works)
-        ready = [0 if arcs_into[w] else counts[w] for w in range(len(works))]
-        arrived = [0] * self.num_arcs
-        used = [0.0] * self.graph.num_ranks
-        idle = [True] * self.graph.num_ranks
-        wire_free = [0.0] * self.graph.num_resources
-        starts: list[list[float]] = [[] for _ in works]
-        ends: list[list[float]] = [[] for _ in works]
-        caps = [cap + _EPS for cap in self.graph.caps]
-        bankers = self.bankers
-        limits = [float("inf")] * len(works) if room is None else list(room)
+        return _Run(self, targets, room, reserve).run()
+
+
+class _Run:
+    """The state of one pass: how many instances of each work are ready, have started, have ended."""
+
+    def __init__(self, scheduler: ListScheduler, targets: Targets, room: Sequence[float] | None, reserve: bool) -> None:
+        graph, counts = scheduler.graph, scheduler.counts
+        self.scheduler, self.targets, self.room, self.reserve = scheduler, targets, room, reserve
+        self.started, self.ended = [0] * len(counts), [0] * len(counts)
+        self.ready = [0 if scheduler.arcs_into[w] else count for w, count in enumerate(counts)]
+        self.arrived = [0] * scheduler.num_arcs
+        self.used = [0.0] * graph.num_ranks
+        self.idle = [True] * graph.num_ranks
+        self.wire_free = [0.0] * graph.num_resources
+        self.starts: list[list[float]] = [[] for _ in counts]
+        self.ends: list[list[float]] = [[] for _ in counts]
         # (time, work that ends) or (time, -1 - arc whose message arrives)
-        events: list[tuple[float, int]] = []
-        target_of = [arc[1] for arcs in arcs_out for arc in arcs]
-        push, pop = heapq.heappush, heapq.heappop
-        now, touched = 0.0, set(range(self.graph.num_ranks))
+        self.events: list[tuple[float, int]] = []
+
+    def run(self) -> Plan | None:
+        touched = set(range(len(self.idle)))
+        now = 0.0
         while True:
-            for rank in touched:
-                if not idle[rank]:
-                    continue
-                best, least = -1, float("inf")
-                for w in of_rank[rank]:
-                    k = started[w]
-                    if k < ready[w] and targets[w][k] < least:
-                        need = takes[w]
-                        if need and (reserve and bankers[rank].is_reserved(w, targets, started, ended, used[rank])):
-                            continue
-                        if need and (
-                            used[rank] + need > caps[rank]
-                            or (started[w] - ended[bankers[rank].closing[w]]) * need + need > limits[w] + _EPS
-                            or not bankers[rank].admits(w, started, ended, used[rank])
-                        ):
-                            continue
-                        best, least = w, targets[w][k]
-                if best >= 0:
-                    end = now + durations[best][started[best]]
-                    starts[best].append(now)
-                    ends[best].append(end)
-                    started[best] += 1
-                    used[rank] += takes[best]
-                    idle[rank] = False
-                    push(events, (end, best))
-            if not events:
+            self._start_what_can(touched, now)
+            if not self.events:
                 break
-            now = events[0][0]
-            touched.clear()
-            horizon = now + _EPS
-            while events and events[0][0] <= horizon:
-                _, event = pop(events)
-                if event < 0:
-                    arc = -1 - event
-                    target = target_of[arc]
-                    arrived[arc] += 1
-                    into = arcs_into[target]
-                    ready[target] = arrived[arc] if len(into) == 1 else min([arrived[a] for a in into])
-                    touched.add(rank_of[target])
-                    continue
-                ended[event] += 1
-                rank = rank_of[event]
-                used[rank] -= frees[event]
-                idle[rank] = True
-                touched.add(rank)
-                for arc, target, latency, transmission, resource in arcs_out[event]:
-                    there = now + latency
-                    if resource >= 0:
-                        wire_free[resource] = max(wire_free[resource], now) + transmission
-                        there = wire_free[resource] + latency
-                    if there > now:
-                        push(events, (there, -1 - arc))
-                        continue
-                    arrived[arc] += 1
-                    into = arcs_into[target]
-                    ready[target] = arrived[arc] if len(into) == 1 else min([arrived[a] for a in into])
-                    touched.add(rank_of[target])
-        if started != counts:
+            now = self.events[0][0]
+            touched = self._work_off(now)
+        if self.started != self.scheduler.counts:
             return None
-        return Plan(starts, ends, max(row[-1] for row in ends))
+        return Plan(self.starts, self.ends, max(row[-1] for row in self.ends))
+
+    def _start_what_can(self, ranks: set[int], now: float) -> None:
+        """On each free rank, start the ready and admissible instance with the least target."""
+        scheduler, targets = self.scheduler, self.targets
+        started, ready, takes, idle = self.started, self.ready, scheduler.takes, self.idle
+        for rank in ranks:
+            if not idle[rank]:
+                continue
+            best, least = -1, _INFINITY
+            for w in scheduler.of_rank[rank]:
+                k = started[w]
+                if k < ready[w] and targets[w][k] < least and (not takes[w] or self._admits(w, rank)):
+                    best, least = w, targets[w][k]
+            if best >= 0:
+                end = now + scheduler.durations[best][started[best]]
+                self.starts[best].append(now)
+                self.ends[best].append(end)
+                started[best] += 1
+                self.used[rank] += takes[best]
+                idle[rank] = False
+                heapq.heappush(self.events, (end, best))
+
+    def _admits(self, work: int, rank: int) -> bool:
+        """May `work` take its memory now?"""
+        banker, used, started, ended = self.scheduler.bankers[rank], self.used[rank], self.started, self.ended
+        need = self.scheduler.takes[work]
+        if used + need > banker.cap:
+            return False
+        if self.room is not None:
+            held = (started[work] - ended[banker.closing[work]]) * need
+            if held + need > self.room[work] + _EPS:
+                return False
+        if self.reserve and banker.is_reserved(work, self.targets, started, ended, used):
+            return False
+        return banker.trivial or banker.admits(work, started, ended, used)
+
+    def _work_off(self, now: float) -> set[int]:
+        """Everything that happens at this instant; returns the ranks it may concern."""
+        scheduler, events, ended = self.scheduler, self.events, self.ended
+        touched: set[int] = set()
+        horizon = now + _EPS
+        while events and events[0][0] <= horizon:
+            event = heapq.heappop(events)[1]
+            if event < 0:
+                self._arrive(-1 - event, touched)
+                continue
+            ended[event] += 1
+            rank = scheduler.rank_of[event]
+            self.used[rank] -= scheduler.frees[event]
+            self.idle[rank] = True
+            touched.add(rank)
+            for arc, latency, transmission, resource in scheduler.arcs_out[event]:
+                there = now + latency
+                if resource >= 0:
+                    sent = max(self.wire_free[resource], now) + transmission
+                    self.wire_free[resource] = sent
+                    there = sent + latency
+                if there > now:
+                    heapq.heappush(events, (there, -1 - arc))
+                else:
+                    self._arrive(arc, touched)
+        return touched
+
+    def _arrive(self, arc: int, touched: set[int]) -> None:
+        """One more instance's input is there; the instance is ready once all its inputs are."""
+        scheduler, arrived = self.scheduler, self.arrived
+        arrived[arc] += 1
+        target = scheduler.target_of[arc]
+        into = scheduler.arcs_into[target]
+        self.ready[target] = arrived[arc] if len(into) == 1 else min([arrived[a] for a in into])
+        touched.add(scheduler.rank_of[target])
 
 
 class _Banker:
@@ -189,8 +210,6 @@ class _Banker:
 
     def admits(self, work: int, started: list[int], ended: list[int], used: float) -> bool:
         """Is the state safe once `work` has taken its memory?"""
-        if self.trivial:
-            return True
         started[work] += 1
         groups: list[tuple[float, float]] = []  # (what the first member lacks, what the group holds)
         for levels in self.levels:
