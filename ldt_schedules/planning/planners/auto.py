@@ -76,7 +76,7 @@ def _search(
     search = Search(graph, bound, _HUGE_TOLERANCE if huge else CLOSE_ENOUGH)
     plans: list[Plan | None] = []
     short = _short_step(problem, graph)
-    if huge and short is not None:
+    if huge and short is not None:  # passes over the long step are dear, those over the short one are not
         plans += _from_short_step(search, problem, short, graph, effort)
     if known and not search.done:
         plans.append(search.try_targets(_targets_of(graph, known)))
@@ -89,7 +89,8 @@ def _search(
         plans.append(search.try_targets(targets, room, reserve))
     _justify_best(search, plans, 1 if huge else _JUSTIFIED)
     if not huge and short is not None and not search.done:
-        _justify_best(search, _from_short_step(search, problem, short, graph, effort), _JUSTIFIED)
+        share = int(_SHORT_SHARE * effort)
+        _justify_best(search, _from_short_step(search, problem, short, graph, share), _JUSTIFIED)
     if not huge:
         search.shake(int((1 - _SEED_SHARE - _SHORT_SHARE) * effort))
     return search.best
@@ -109,7 +110,7 @@ def _from_short_step(
     small = replace(problem, num_microbatches=num_microbatches)
     split = any(work.kind is Kind.I for work in graph.works)
     bound = lower_bounds(small, split).best
-    plan = _search(small, work_graph(small, split), bound, int(_SHORT_SHARE * effort))
+    plan = _search(small, work_graph(small, split), bound, effort)
     plans: list[Plan | None] = []
     if plan is not None:
         for targets in repeated(plan, [len(work.durations) for work in graph.works]):
