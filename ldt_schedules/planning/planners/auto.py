@@ -83,10 +83,10 @@ def _search(
     if huge:
         _justify_best(search, plans, 1)
     enough = search.effort + (_FEWEST_SEEDS * size if huge else int(_SEED_SHARE * effort))
-    for targets, room, reserve in seeds(graph):
+    for targets, rules in seeds(graph):
         if search.done or search.effort >= enough:
             break
-        plans.append(search.try_targets(targets, room, reserve))
+        plans.append(search.try_targets(targets, rules))
     _justify_best(search, plans, 1 if huge else _JUSTIFIED)
     if not huge and short is not None and not search.done:
         share = int(_SHORT_SHARE * effort)

@@ -19,8 +19,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ldt_schedules.planning.planners.list_scheduling import ListScheduler, Plan, Targets
-from ldt_schedules.planning.planners.priorities import Room
+from ldt_schedules.planning.planners.list_scheduling import RULES, ListScheduler, Plan, Rules, Targets
 from ldt_schedules.planning.work_graph import WorkGraph
 
 CLOSE_ENOUGH = 1e-9
@@ -29,9 +28,11 @@ CLOSE_ENOUGH = 1e-9
 _MORE_THAN_NOISE = 1e-9
 _NOISE_LENGTHS = (0.3, 1.0, 2.0, 4.0)
 _PERIODS = (0, 0, 1, 2, 3, 4)
+_STRETCHES = (0.15, 0.3, 1.0, 2.0)  # of the step's length
 _STALE = 60
 _ACCEPT_WORSE = 0.002
 _RESERVING = 0.5
+_PATIENCE = (0.0, 0.5, 1.0)
 
 
 @dataclass
@@ -56,28 +57,28 @@ class Search:
         """Is the best schedule within the tolerance of the bound?"""
         return self.best is not None and self.best.makespan <= self.bound * (1 + self.tolerance)
 
-    def try_targets(self, targets: Targets, room: Room = None, reserve: bool = False) -> Plan | None:
+    def try_targets(self, targets: Targets, rules: Rules = RULES) -> Plan | None:
         """List-schedule by `targets`; remembers the result if it is the best."""
         self.effort += self.graph.num_instances
-        plan = self.forward.run(targets, room, reserve)
+        plan = self.forward.run(targets, rules)
         self._remember(plan)
         return plan
 
-    def justify(self, plan: Plan, rounds: int, reserve: bool = False) -> Plan:
+    def justify(self, plan: Plan, rounds: int, rules: Rules = RULES) -> Plan:
         """The best of `rounds` backward and forward passes, `plan` included."""
         best = current = plan
         for _ in range(rounds):
             if self.done:
                 break
             self.effort += self.graph.num_instances
-            back = self.backward.run(_mirrored(current), None, reserve)
+            back = self.backward.run(_mirrored(current), rules)
             if back is None:
                 break
             turned = _turned(back)
             if not self.queues:  # the backward pass knows no wires: with queues its times are not to be had
                 self._remember(turned)
                 best = min(best, turned, key=_makespan)
-            again = self.try_targets(turned.starts, None, reserve)
+            again = self.try_targets(turned.starts, rules)
             if again is None or again.makespan >= current.makespan - _MORE_THAN_NOISE:
                 break
             best, current = min(best, again, key=_makespan), again
@@ -93,11 +94,11 @@ class Search:
         while self.effort < until and not self.done and current is not None and self.best is not None:
             known = self.best.makespan
             noise = _noise(rng, current, mean * rng.choice(_NOISE_LENGTHS), rng.choice(_PERIODS))
-            reserve = rng.random() < _RESERVING
-            plan = self.try_targets(noise, None, reserve)
+            rules = Rules(reserve=rng.random() < _RESERVING, patience=rng.choice(_PATIENCE))
+            plan = self.try_targets(noise, rules)
             if plan is None:
                 continue
-            plan = self.justify(plan, 2, reserve)
+            plan = self.justify(plan, 2, rules)
             worst = current.makespan * (1 + _ACCEPT_WORSE * rng.random() ** 2) + _MORE_THAN_NOISE
             if plan.makespan <= worst:
                 current = plan
@@ -130,12 +131,18 @@ def _turned(back: Plan) -> Plan:
 
 
 def _noise(rng: random.Random, plan: Plan, length: float, period: int) -> Targets:
-    if not period:
-        return [[start + rng.gauss(0, length) for start in starts] for starts in plan.starts]
-    offsets = [[rng.gauss(0, length) for _ in range(period)] for _ in plan.starts]
+    """The starts of a plan, shaken: in a repeating pattern, or (period 0) here and there within a stretch of the step."""
+    if period:
+        offsets = [[rng.gauss(0, length) for _ in range(period)] for _ in plan.starts]
+        return [
+            [start + offset[k % period] for k, start in enumerate(starts)]
+            for starts, offset in zip(plan.starts, offsets, strict=True)
+        ]
+    width = plan.makespan * rng.choice(_STRETCHES)
+    first = rng.uniform(-width / 2, plan.makespan - width / 2)
     return [
-        [start + offset[k % period] for k, start in enumerate(starts)]
-        for starts, offset in zip(plan.starts, offsets, strict=True)
+        [start + rng.gauss(0, length) if first <= start <= first + width else start for start in starts]
+        for starts in plan.starts
     ]
 
 

@@ -4,8 +4,8 @@
                 a message arrives ──► an instance becomes ready
                 a free rank ──► of the ready instances that may be admitted, the one with the least target starts
 
-A rank never idles while something may start (a non-delay schedule); what is worth waiting for is expressed by a second
-pass with time reversed (`improve`). An instance that takes memory is admitted when it fits, and when afterwards every
+A rank does not idle while something may start (a non-delay schedule), unless it is told to be patient (`Rules`) or the pass
+runs backwards in time (`improvement`). An instance that takes memory is admitted when it fits, and when afterwards every
 microbatch in flight on the rank can still get all it needs in some order (the banker's rule, Dijkstra 1965): on the
 edge, a head in flight needs room for its tail later.
 
@@ -37,6 +37,25 @@ class Plan:
     makespan: float
 
 
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How a pass decides beside the targets.
+
+    Attributes:
+        room: for each work that takes memory, how much of it may be held at once, on top of the rank's cap.
+        reserve: keep memory for what is more urgent and already under way, instead of giving it to what is here.
+        patience: stay idle for what is more urgent and will be there within so many durations of what is here.
+    """
+
+    room: tuple[float, ...] | None = None
+    reserve: bool = False
+    patience: float = 0.0
+
+
+RULES = Rules()
+"""Never idle, never reserve, no shares of memory."""
+
+
 class ListScheduler:
     """List scheduling of one graph; build once, run with many targets."""
 
@@ -64,22 +83,20 @@ class ListScheduler:
         self.num_arcs = number
         self.bankers = [_Banker(graph, rank, works) for rank, works in enumerate(self.of_rank)]
 
-    def run(self, targets: Targets, room: Sequence[float] | None = None, reserve: bool = False) -> Plan | None:
-        """One schedule; None when it got stuck (memory that is held in a circle over several ranks).
-
-        Args:
-            room: for each work that takes memory, how much of it may be held at once, on top of the rank's cap.
-            reserve: keep memory for what is more urgent and already under way, instead of giving it to what is here.
-        """
-        return _Run(self, targets, room, reserve).run()
+    def run(self, targets: Targets, rules: Rules = RULES) -> Plan | None:
+        """One schedule; None when it got stuck (memory that is held in a circle over several ranks)."""
+        return _Run(self, targets, rules).run()
 
 
 class _Run:
     """The state of one pass: how many instances of each work are ready, have started, have ended."""
 
-    def __init__(self, scheduler: ListScheduler, targets: Targets, room: Sequence[float] | None, reserve: bool) -> None:
+    def __init__(self, scheduler: ListScheduler, targets: Targets, rules: Rules) -> None:
         graph, counts = scheduler.graph, scheduler.counts
-        self.scheduler, self.targets, self.room, self.reserve = scheduler, targets, room, reserve
+        self.scheduler, self.targets = scheduler, targets
+        self.room, self.reserve, self.patience = rules.room, rules.reserve, rules.patience
+        # For each arc, when the message of each instance that has been started will be there.
+        self.expected: list[list[float]] = [[] for _ in range(scheduler.num_arcs)]
         self.started, self.ended = [0] * len(counts), [0] * len(counts)
         self.ready = [0 if scheduler.arcs_into[w] else count for w, count in enumerate(counts)]
         self.arrived = [0] * scheduler.num_arcs
@@ -118,12 +135,32 @@ class _Run:
                     best, least = w, targets[w][k]
             if best >= 0:
                 end = now + scheduler.durations[best][started[best]]
+                if self.patience and self._worth_waiting(rank, best, now, end):
+                    continue
                 self.starts[best].append(now)
                 self.ends[best].append(end)
                 started[best] += 1
                 self.used[rank] += takes[best]
                 idle[rank] = False
                 heapq.heappush(self.events, (end, best))
+                if self.patience:
+                    for arc, latency, transmission, _ in scheduler.arcs_out[best]:
+                        self.expected[arc].append(end + latency + transmission)
+
+    def _worth_waiting(self, rank: int, candidate: int, now: float, end: float) -> bool:
+        """Will something more urgent be there soon, so that the rank had better stay idle until then?"""
+        least = self.targets[candidate][self.started[candidate]]
+        until = now + self.patience * (end - now)
+        for w in self.scheduler.of_rank[rank]:
+            k = self.started[w]
+            if k < self.ready[w] or k >= self.scheduler.counts[w] or self.targets[w][k] >= least:
+                continue
+            there = [self.expected[arc][k] for arc in self.scheduler.arcs_into[w] if k < len(self.expected[arc])]
+            if len(there) == len(self.scheduler.arcs_into[w]) and max(there) <= until:
+                need = self.scheduler.takes[w]
+                if not need or self.used[rank] + need <= self.scheduler.bankers[rank].cap:
+                    return True
+        return False
 
     def _admits(self, work: int, rank: int) -> bool:
         """May `work` take its memory now?"""

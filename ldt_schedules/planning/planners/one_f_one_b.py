@@ -16,7 +16,7 @@ from __future__ import annotations
 from ldt_schedules.planning.actions import Kind
 from ldt_schedules.planning.costs import Costs
 from ldt_schedules.planning.layout import Layout
-from ldt_schedules.planning.planners.list_scheduling import ListScheduler
+from ldt_schedules.planning.planners.list_scheduling import ListScheduler, Rules
 from ldt_schedules.planning.problem import Problem
 from ldt_schedules.planning.table import ComputeOrder
 from ldt_schedules.planning.work_graph import work_graph
@@ -31,7 +31,7 @@ def one_f_one_b(layout: Layout, num_microbatches: int) -> ComputeOrder:
          for m in work.microbatches]
         for work in graph.works
     ]  # fmt: skip
-    plan = ListScheduler(graph).run(targets, [away[work.stage] + 1.0 for work in graph.works])
+    plan = ListScheduler(graph).run(targets, Rules(room=tuple(away[work.stage] + 1.0 for work in graph.works)))
     assert plan is not None  # without caps nothing is held in a circle
     return graph.order(plan.starts)
 

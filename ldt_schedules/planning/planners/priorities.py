@@ -20,11 +20,8 @@ import math
 from collections.abc import Iterator
 
 from ldt_schedules.planning.actions import Kind
-from ldt_schedules.planning.planners.list_scheduling import Targets
+from ldt_schedules.planning.planners.list_scheduling import Rules, Targets
 from ldt_schedules.planning.work_graph import WorkGraph
-
-Room = list[float] | None
-"""For each work what it may hold at once; None: only the rank's cap counts."""
 
 _LATER_INSTANCE = 1e-5
 _LAST = 9.0
@@ -41,16 +38,16 @@ _SEVERAL = (
 _SINGLE = ((1.0, 2.0), (2.0, 1.0))
 
 
-def seeds(graph: WorkGraph) -> Iterator[tuple[Targets, Room, bool]]:
-    """Targets, shares of memory and whether to reserve it, to start from; the most often successful ones first."""
-    rooms = list(_rooms(graph))
+def seeds(graph: WorkGraph) -> Iterator[tuple[Targets, Rules]]:
+    """Targets and rules to start from; the most often successful ones first."""
+    rules = [*(Rules(room) for room in _rooms(graph)), Rules(patience=1.0)]
+    if len(rules) > 2:
+        rules = [Rules(reserve=True), *rules, Rules(reserve=True, patience=1.0)]
     for single in _SINGLE:
         for several in _SEVERAL:
             targets = _targets(graph, several, single)
-            if len(rooms) > 1:
-                yield targets, None, True
-            for room in rooms:
-                yield targets, room, False
+            for rule in rules:
+                yield targets, rule
 
 
 def _targets(graph: WorkGraph, several: tuple[float, ...], single: tuple[float, ...]) -> Targets:
@@ -76,22 +73,22 @@ def _depth(graph: WorkGraph, index: int) -> tuple[int, int]:
     return stages.index(work.stage), len(stages)
 
 
-def _rooms(graph: WorkGraph) -> Iterator[Room]:
+def _rooms(graph: WorkGraph) -> Iterator[tuple[float, ...] | None]:
     """No shares, shares by how long a stage must hold, and a few for the inner stages with the rest for the outermost."""
     yield None
     nested = [n for n in (_nested(graph, rank) for rank in range(graph.num_ranks)) if n]
     if not nested:
         return
-    seen: list[list[float]] = []
+    seen: list[tuple[float, ...]] = []
     for shares in (_by_holding_time, *(_inner(count) for count in (1, 2, 3)), _inner(0.25), _inner(1 / 3)):
         room = [math.inf] * len(graph.works)
         for works in nested:
             cap = graph.caps[graph.works[works[0]].rank]
             for work, share in zip(works, shares(graph, works, cap), strict=True):
                 room[work] = max(share, graph.works[work].takes)
-        if room not in seen:
-            seen.append(room)
-            yield room
+        if tuple(room) not in seen:
+            seen.append(tuple(room))
+            yield tuple(room)
 
 
 def _nested(graph: WorkGraph, rank: int) -> list[int]:
