@@ -8,8 +8,6 @@ import sys
 
 import pytest
 
-from ldt_schedules.planning import Layout, plan, read_table
-
 
 def ldt(*arguments, cwd=None):
     return subprocess.run(
@@ -19,18 +17,6 @@ def ldt(*arguments, cwd=None):
         cwd=cwd,
         timeout=60,
     )
-
-
-def test_plan_writes_what_it_says(tmp_path):
-    file = tmp_path / "table.json"
-    done = ldt("plan", "--ranks", 4, "--microbatches", 8, "--latency", 2, "-o", file, "--json")
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout)
-    assert figures["peak_in_flight"] == [6, 4, 3, 2] and figures["file"] == str(file)
-    assert read_table(file.read_text()) == plan("ldt_1f1b", Layout.u(4), 8)
-    grid = tmp_path / "table.txt"
-    assert ldt("plan", "--ranks", 4, "--microbatches", 8, "--format", "grid", "-o", grid).returncode == 0
-    assert read_table(grid.read_text()) == read_table(file.read_text())
 
 
 def test_validate(tmp_path):
@@ -63,17 +49,10 @@ def test_draw_fits_its_width_and_draws_every_action():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("plan", "--ranks", 4, "--microbatches", 8, "--schedule", "ldt_1fb1"), "did you mean ldt_1f1b"),
-        (("plan", "--ranks", 1, "--microbatches", 8), "at least 2 pipeline ranks"),
-        (("plan", "--ranks", 3, "--microbatches", 0), "at least 1 microbatch, got 0"),
-        (("plan", "--ranks", 3, "--microbatches", 2, "--latency", -1), "latency must be a finite time of 0 or more"),
-        (("plan", "--ranks", 3, "--microbatches", 2, "--format", "xml"), "there are json, grid"),
-        (("plan", "--ranks", 3, "--microbatches", 2, "-o", "/no/such/dir/t.json"), "cannot be written"),
         (("draw",), "--ranks 3 --microbatches 6"),
         (("draw", "nofile.json"), "nofile.json cannot be read"),
         (("draw", "nofile.json", "--ranks", 3), "not both"),
         (("validate", "nofile.json"), "nofile.json cannot be read"),
-        (("plan", "--ranks", "x", "--microbatches", 1), "valid integer"),
         (("plam",), "plam"),
     ],
 )

@@ -36,6 +36,11 @@ def test_the_other_loss_normalisation(workers, optimizer, per_token):
     check(workers, [replace(base, num_microbatches=m, planner=p) for m in (1, 2, 5) for p in ("gpipe", "ldt_1f1b")])
 
 
+def test_a_planned_order_is_as_identical(workers):
+    """Whatever order `auto` finds, each stage adds up its microbatches in the same order."""
+    check(workers, [Case(SPLITS[3], m, planner="auto", evaluate=True) for m in (1, 2, 5, 8)])
+
+
 @pytest.mark.parametrize("ranks", SPLITS)
 def test_tied_embeddings_differ_in_the_shared_weight_alone(workers, ranks):
     """One step: afterwards the shared weight's rounding reaches everything."""

@@ -198,16 +198,15 @@ def test_equal_input_gives_equal_output():
 GRID = [(p, m, latency, ratio) for p in (2, 4, 8) for m in (8, 32) for latency in (0, 4, 16) for ratio in (0.5, 2.0)]
 
 
-@pytest.mark.parametrize("budget", ["none", "2x"])
-def test_close_to_the_bound_on_the_grid_of_us(budget):
-    """A quarter of the grid, every value of it in some cell."""
+def test_close_to_the_bound_on_the_grid_of_us():
+    """At unlimited memory and at twice that of the published order. (Part of the rest is the bound's: P = 2, M = 8.)"""
     distances = {}
-    for cell in GRID if MANY else GRID[::5] + GRID[-1:]:
-        ranks, microbatches, latency, ratio = cell
-        cloud = [1.0, *([ratio] * (ranks - 1)), 1.0]
-        costs = Costs(forward=tuple(cloud), backward=tuple(2 * f for f in cloud), latency=latency)
+    for cell in ((*us, budget) for us in GRID for budget in ("none", "2x")):
+        ranks, microbatches, latency, ratio, budget = cell
+        forward = (1.0, *([ratio] * (ranks - 1)), 1.0)
+        costs = Costs(forward=forward, backward=tuple(2 * f for f in forward), latency=latency)
         problem = within_budget(Problem(Layout.u(ranks), microbatches, costs), budget)
-        makespan = simulate(problem.layout, auto(problem, 150_000), costs).makespan
+        makespan = simulate(problem.layout, auto(problem, 100_000), costs).makespan
         distances[cell] = makespan / lower_bounds(problem, False).best
     mean = math.exp(sum(map(math.log, distances.values())) / len(distances))
     assert mean <= 1.002, distances
@@ -229,14 +228,16 @@ class CountedSearch(Search):
 def test_the_cost_of_a_plan_is_a_fixed_number_of_instances_or_of_passes(name, monkeypatch):
     """A step of tight memory, where no bound is met at once: the effort while it lasts, then a few passes."""
     monkeypatch.setattr(sys.modules[auto.__module__], "Search", CountedSearch)
-    effort = 20_000
+    effort, passes = 20_000, {}
     for microbatches in (4, 16, 64, 256, 1024, 4096):
         CountedSearch.made.clear()
         problem = within_budget(Problem(Layout.u(3), microbatches, Costs(latency=7, forward=1.1)), "1x")
         SEARCHING[name](problem, effort)
         size = len(problem.layout.stages) * microbatches * (3 if name == "auto_zb" else 2)
         scheduled = sum(search.effort for search in CountedSearch.made)
-        assert 0 < scheduled <= 2 * effort + 12 * size, (microbatches, scheduled / size)
+        passes[microbatches] = scheduled / size
+        assert 0 < scheduled <= 2 * effort + 20 * size, passes
+    assert passes[4096] <= passes[1024] + 0.5 <= 20, passes
 
 
 def test_a_bound_that_is_met_at_once_costs_nothing(monkeypatch):

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from ldt_schedules.planning import Layout, ScheduleError, plan, read_table, table_hash, write_table
+from ldt_schedules.planning import Layout, ScheduleError, Stage, plan, read_table, table_hash, write_table
+from ldt_schedules.planning.formats import grid
 
 TABLE = plan("ldt_1f1b", Layout.u(3), 2)
 TEXT = write_table(TABLE, "json")
@@ -76,6 +77,18 @@ def test_diff_names_rank_and_action():
     other = plan("gpipe", Layout.u(3), 2)
     assert TABLE.diff(TABLE) == ""
     assert "rank 0" in TABLE.diff(other) and "\n+" in TABLE.diff(other)
+
+
+def test_stages_with_several_neighbours_on_one_rank_are_kept_or_refused():
+    """The peer is written `->1/s2` then; a format that has no place for the stage must not drop it without a word."""
+    fork = Layout((Stage(0, "root", (0,), ()), Stage(1, "a", (1,), (0,)), Stage(2, "b", (1,), (0,))))
+    table = plan("gpipe", fork, 2)
+    assert read_table(write_table(table, "json")) == table
+    try:
+        text = write_table(table, "grid")
+    except ScheduleError:
+        return
+    assert grid.loads(text, fork) == table
 
 
 def test_no_such_format():
