@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ldt_schedules.planning.actions import Kind
-from ldt_schedules.planning.problem import Problem
+from ldt_schedules.planning.problem import MEMORY_SLACK, Problem
 from ldt_schedules.planning.work_graph import WorkGraph, work_graph
 
 _EPS = 1e-9
@@ -85,7 +85,7 @@ class _Bounding:
         value = {resource: one_machine(jobs) for resource, jobs in self.jobs.items()}
         per_rank = tuple(value.get(("rank", r), 0.0) for r in range(self.graph.num_ranks))
         memory = [
-            self.lead[r] + self.area[r] / self.graph.caps[r] + self.trail[r]
+            self.lead[r] + self.area[r] / (self.graph.caps[r] + MEMORY_SLACK) + self.trail[r]
             for r in range(self.graph.num_ranks)
             if self.area[r] > 0
         ]
@@ -102,7 +102,7 @@ class _Bounding:
         count = len(nodes[0].durations)
         heads, tails = self._heads(nodes, count), self._tails(nodes, count)
         for node, head, tail in zip(nodes, heads, tails, strict=True):
-            self.path = max(self.path, max(map(float.__add__, head, tail)) + node.duration)
+            self.path = max(self.path, *(sum(parts) for parts in zip(head, node.durations, tail, strict=True)))
             self.jobs[node.resource] += zip(head, node.durations, tail, strict=True)
         self._add_area(domain, nodes, node_of, heads, tails)
 
@@ -153,14 +153,14 @@ class _Bounding:
             kept = self.problem.costs.held_after_input_grad(work.stage)
             size = kept if work.kind is Kind.W else held
             if size > 0:
-                nodes[forward[work.stage]].before.append((node, 0.0, int(cap / size + _EPS)))
+                nodes[forward[work.stage]].before.append((node, 0.0, int((cap + MEMORY_SLACK) / size + _EPS)))
 
     def _heads(self, nodes: list[_Node], count: int) -> list[list[float]]:
         heads = [[0.0] * count for _ in nodes]
         ends = [[0.0] * count for _ in nodes]
-        steps = [(node.duration, [(ends[p], lag, shift) for p, lag, shift in node.before]) for node in nodes]
+        steps = [(node.durations, [(ends[p], lag, shift) for p, lag, shift in node.before]) for node in nodes]
         for k in range(count):
-            for j, (duration, before) in enumerate(steps):
+            for j, (durations, before) in enumerate(steps):
                 start = ends[j][k - 1] if k and self.uniform else 0.0
                 for ended, lag, shift in before:
                     if k >= shift:
@@ -168,18 +168,18 @@ class _Bounding:
                         if possible > start:
                             start = possible
                 heads[j][k] = start
-                ends[j][k] = start + duration
+                ends[j][k] = start + durations[k]
         return heads
 
     def _tails(self, nodes: list[_Node], count: int) -> list[list[float]]:
         tails = [[0.0] * count for _ in nodes]
         steps = [
-            (j, node.duration, [(tails[p], lag, shift) for p, lag, shift in node.before])
+            (j, node.durations, [(tails[p], lag, shift) for p, lag, shift in node.before])
             for j, node in reversed(list(enumerate(nodes)))
         ]
         for k in range(count - 1, -1, -1):
-            for j, duration, before in steps:
-                tail = tails[j][k]
+            for j, durations, before in steps:
+                tail, duration = tails[j][k], durations[k]
                 if self.uniform and k + 1 < count and tails[j][k + 1] + duration > tail:
                     tail = tails[j][k] = tails[j][k + 1] + duration
                 for behind, lag, shift in before:

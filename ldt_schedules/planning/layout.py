@@ -190,7 +190,7 @@ class Layout:
 
     def stages_on(self, rank: int) -> tuple[int, ...]:
         """The stages that stand on pipeline rank `rank`, in forward order."""
-        return tuple(stage.index for stage in self.stages if rank in stage.ranks)
+        return tuple(stage for stage in self.forward_order if rank in self.stages[stage].ranks)
 
     def is_head(self, stage: int) -> bool:
         """Does the stage read the data (it has no input)?"""

@@ -11,7 +11,7 @@ from ldt_schedules.planning.costs import Costs
 from ldt_schedules.planning.errors import ScheduleError
 from ldt_schedules.planning.layout import Layout
 
-MEMORY_SLACK = 1e-6
+MEMORY_SLACK = 1e-9
 """Caps are met up to this much: sums of measured floats do not come out even."""
 
 
@@ -45,7 +45,8 @@ class Problem:
             self._check_cap(rank)
 
     def _check_cap(self, rank: int) -> None:
-        least = max((self._one_microbatch(rank, domain) for domain in range(self.layout.num_domains)), default=0.0)
+        domains = {self.layout.domain(m) for m in range(self.num_microbatches)}
+        least = max(self._one_microbatch(rank, domain) for domain in domains)
         cap = self.cap(rank)
         if cap < 0 or math.isnan(cap):
             raise ScheduleError(f"the memory of rank {rank} must be 0 or more, got {cap:g}")

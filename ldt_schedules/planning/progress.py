@@ -180,24 +180,24 @@ class _Play:
             self.ready.append(rank)
 
     def _stuck(self, rank: int) -> Stuck:
-        index = self.position[rank]
-        action = self.rows[rank][index]
+        index, missing = self.position[rank], self.waits[rank]
         heads = [queue[0] for queue in self.queues[rank] if queue]
-        missing = self.waits[rank]
-        senders = [
-            peer
-            for message, peer in heads
-            if missing == message
-            or missing == self.received_as.get(message - message % self.numbers.num_microbatches, -1)
-        ]
-        peers = [peer for _, peer in heads]
-        for posted in (a for a in self.rows[rank] if a.kind.is_recv):
-            family = self.numbers.family(posted)
-            if missing in [base + m for base in family.makes for m in posted.microbatches] and posted.peer is not None:
-                senders.append(posted.peer)
-        if not action.kind.is_compute and action.peer is not None:
-            senders.append(action.peer)
-        what = self.numbers.value(missing)
         first = "; ".join(f"{self.numbers.value(message)} with rank {peer}" for message, peer in heads)
-        why = f"waits for ever for the {what}" + (f"; first in its lanes: {first}" if heads else "")
-        return Stuck(rank, index, why, tuple(dict.fromkeys(senders + peers)))
+        why = f"waits for ever for the {self.numbers.value(missing)}"
+        return Stuck(rank, index, why + (f"; first in its lanes: {first}" if heads else ""), self._waits_for(rank))
+
+    def _waits_for(self, rank: int) -> tuple[int, ...]:
+        """Whom: the other end of the message that must pass before the missing one can, or of the missing one itself."""
+        missing = self.waits[rank]
+        for queue in self.queues[rank]:
+            if any(missing in (message, self._received(message)) for message, _ in queue):
+                return (queue[0][1],)
+        for action, family in zip(self.rows[rank], self.families[rank], strict=True):
+            values = [base + m for base in (*family.takes, *family.makes) for m in action.microbatches]
+            if action.peer is not None and missing in values:
+                return (action.peer,)
+        return ()
+
+    def _received(self, message: int) -> int:
+        m = message % self.numbers.num_microbatches
+        return self.received_as.get(message - m, -1 - m) + m

@@ -100,6 +100,9 @@ def _require_same_work(table: ScheduleTable, problem: Problem) -> None:
             f"the table has {len(mine.stages)} stages on {mine.num_ranks} ranks, the problem {len(theirs.stages)} on "
             f"{theirs.num_ranks}, or they are connected differently"
         )
+    domains = [[layout.domain(m) for m in range(problem.num_microbatches)] for layout in (mine, theirs)]
+    if domains[0] != domains[1] and mine.num_domains > 1 and table.num_microbatches == problem.num_microbatches:
+        raise ScheduleError("the table and the problem put the microbatches into different domains")
     if table.num_microbatches != problem.num_microbatches:
         raise ScheduleError(
             f"the table has {table.num_microbatches} microbatches, the problem {problem.num_microbatches}"

@@ -183,5 +183,5 @@ def test_bounds_grant_what_caps_forgive(memory):
     problem = Problem(PAIR, 3, Costs(backward=1.0, memory=memory))
     order = PLANNERS["one_f_one_b"](problem)
     timeline = simulate(PAIR, order, problem.costs)
-    caps = tuple(peak - 5e-7 for peak in peak_memory(timeline, problem.costs))
+    caps = tuple(peak - 5e-10 for peak in peak_memory(timeline, problem.costs))
     assert lower_bounds(problem.with_caps(caps), False).best <= timeline.makespan

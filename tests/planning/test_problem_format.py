@@ -136,7 +136,6 @@ BAD = {
     "more stays than is held": (altered(stage=1, mem=2, mem_w=3), ["stage 1 holds 2, so 3 cannot stay"]),
     "not a number": (altered(stage=1, f="fast"), ["stage 1: \"f\" is 'fast'", "expected a number"]),
     "true is no number": (altered(stage=1, f=True), ['stage 1: "f" is True']),
-    "not finite": (altered().replace('"f": 2', '"f": Infinity'), ["forward", "finite"]),
     "not finite, with its stage": (altered().replace('"f": 2', '"f": Infinity'), ["stage 1"]),
     "no forward": (altered(stage=1, drop=["f"]), ['stage 1: "f" is missing']),
     "no backward": (altered(stage=2, drop=["b"]), ["stage 2 has no cost for its backward", "give b, or i and w"]),

@@ -26,7 +26,15 @@ _STEP = re.compile(r"Step (\d+):")
 
 
 def dumps(table: ScheduleTable) -> str:
-    """The table as a grid; ranks that are done leave their cells empty."""
+    """The table as a grid; ranks that are done leave their cells empty.
+
+    Raises:
+        ScheduleError: an action must name the stage at the other end, for which a cell has no place.
+    """
+    for rank, row in enumerate(table.ranks):
+        for action in row:
+            if action.other is not None:
+                raise ScheduleError(f"rank {rank}: a cell of a grid has no place for {action}; write JSON instead")
     columns = [[_cell(rank, action) for action in row] for rank, row in enumerate(table.ranks)]
     widths = [max([len(f"Rank {rank}"), *map(len, column)]) for rank, column in enumerate(columns)]
     label = len("Step 00: ")

@@ -19,6 +19,7 @@ mem_cap               for each rank a number or null; default: no limit
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from ldt_schedules.planning.costs import Costs, Link, PerMicrobatch
@@ -56,10 +57,10 @@ def loads(text: str) -> Problem:
             if key not in stage:
                 raise ScheduleError(f'stage {number}: "{key}" is missing')
     edges = _edges(content, len(stages))
+    if "domains" in content:
+        _count(content, "domains")
     layout = Layout(_stages(stages, edges, content.get("domains")), ranks, _domain_of(content))
-    caps = content.get("mem_cap") or []
-    if not isinstance(caps, list):
-        raise ScheduleError(f'"mem_cap" is {caps!r}; expected a list with a number or null for each rank')
+    caps = _list(content, "mem_cap", [])
     memory_cap = tuple(None if cap is None else _number(cap, f"mem_cap of rank {r}") for r, cap in enumerate(caps))
     return Problem(layout, microbatches, _costs(content, stages, edges, microbatches), memory_cap)
 
@@ -130,8 +131,8 @@ def _numbers(entry: dict[str, Any], key: str, stage: int, microbatches: int) -> 
 
 def _time(value: object, what: str) -> float:
     number = _number(value, what)
-    if number < 0:
-        raise ScheduleError(f"{what} is {number:g}; it must be 0 or more")
+    if number < 0 or not math.isfinite(number):
+        raise ScheduleError(f"{what} is {number:g}; it must be a finite number of 0 or more")
     return number
 
 
@@ -146,6 +147,8 @@ def _costs(content: dict[str, Any], stages: list[dict[str, Any]], edges: list[li
         )
 
     default = content.get("default_link") or {}
+    if not isinstance(default, dict):
+        raise ScheduleError(f'"default_link" is {default!r}; expected an object')
     return Costs(
         forward=times("f"),
         backward=times("b"),
@@ -153,7 +156,7 @@ def _costs(content: dict[str, Any], stages: list[dict[str, Any]], edges: list[li
         weight_grad=times("w"),
         memory=memory("mem", 1.0),
         memory_w=memory("mem_w", None),
-        links=tuple(_link(link) for link in content.get("links") or []),
+        links=tuple(_link(link) for link in _list(content, "links", [])),
         default_link=_link({"src": 0, "dst": 0, **default})[2],
         forward_size=_time(content.get("fwd_size", 1), "fwd_size"),
         backward_size=_time(content.get("bwd_size", 1), "bwd_size"),
@@ -173,13 +176,15 @@ def _link(entry: object) -> tuple[int, int, Link]:
             bandwidth=None if bandwidth is None else _number(bandwidth, "bandwidth"),
             resource=entry.get("resource"),
         )
+        if link.resource is not None and not isinstance(link.resource, str):
+            raise ScheduleError(f'"resource" is {link.resource!r}; expected a name')
         return get(entry, "src", int), get(entry, "dst", int), link
     except ScheduleError as error:
         raise ScheduleError(f"{where}: {error}") from None
 
 
 def _edges(content: dict[str, Any], num_stages: int) -> list[list[Any]]:
-    edges = content.get("edges") or [[s, s + 1] for s in range(num_stages - 1)]
+    edges = _list(content, "edges", [[s, s + 1] for s in range(num_stages - 1)])
     for edge in edges:
         if not isinstance(edge, list) or len(edge) not in (2, 4) or not all(_is_stage(s, num_stages) for s in edge[:2]):
             raise ScheduleError(
@@ -187,7 +192,20 @@ def _edges(content: dict[str, Any], num_stages: int) -> list[list[Any]]:
             )
         for size in edge[2:]:
             _time(size, f"the size of edge {edge[:2]}")
-    return list(edges)
+    twice = [edge[:2] for n, edge in enumerate(edges) if edge[:2] in [other[:2] for other in edges[:n]]]
+    if twice:
+        raise ScheduleError(f"the edge from stage {twice[0][0]} to stage {twice[0][1]} stands twice")
+    return edges
+
+
+def _list(content: dict[str, Any], key: str, default: list[Any]) -> list[Any]:
+    """The list under a key; null is as good as nothing."""
+    value = content.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, list):
+        raise ScheduleError(f'"{key}" is {value!r}; expected a list')
+    return value
 
 
 def _is_stage(value: object, num_stages: int) -> bool:
@@ -209,7 +227,7 @@ def _stages(stages: list[dict[str, Any]], edges: list[list[Any]], domains: objec
 
 
 def _domain_of(content: dict[str, Any]) -> tuple[int, ...]:
-    given = content.get("domain_of") or []
+    given = _list(content, "domain_of", [])
     if any(isinstance(d, bool) or not isinstance(d, int) for d in given):
         raise ScheduleError('"domain_of" must be a list with a whole number for each microbatch')
     domains = content.get("domains") or 1

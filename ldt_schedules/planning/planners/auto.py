@@ -18,7 +18,8 @@ from dataclasses import replace
 from ldt_schedules.planning.actions import Action, Kind
 from ldt_schedules.planning.bounds import lower_bounds
 from ldt_schedules.planning.bulk import many_objects
-from ldt_schedules.planning.memory import peak_memory
+from ldt_schedules.planning.errors import ScheduleError
+from ldt_schedules.planning.memory import first_excess, peak_memory
 from ldt_schedules.planning.planners.improvement import CLOSE_ENOUGH, Search, repeated
 from ldt_schedules.planning.planners.list_scheduling import Plan, Targets
 from ldt_schedules.planning.planners.priorities import seeds
@@ -62,10 +63,9 @@ def _plan(problem: Problem, split: bool, effort: int) -> ComputeOrder:
         return known
     graph = work_graph(problem, split)
     found = _search(problem, graph, bound, effort, known)
-    order = graph.order(found.starts) if found is not None else _one_at_a_time(graph)
-    certain = found is not None and not graph.num_resources  # at wires, ties may fall differently in a simulation
-    makespan = found.makespan if found and certain else simulate(problem.layout, order, problem.costs).makespan
-    return known if fits and timeline.makespan <= makespan else order
+    if found is None:
+        return known if fits else _one_at_a_time(problem, graph)
+    return known if fits and timeline.makespan <= found.makespan else graph.order(found.starts)
 
 
 def _search(
@@ -73,7 +73,7 @@ def _search(
 ) -> Plan | None:
     size = graph.num_instances
     huge = size * _HUGE > effort
-    search = Search(graph, bound, _HUGE_TOLERANCE if huge else CLOSE_ENOUGH)
+    search = Search(problem, graph, bound, _HUGE_TOLERANCE if huge else CLOSE_ENOUGH)
     plans: list[Plan | None] = []
     short = _short_step(problem, graph)
     if huge and short is not None:  # passes over the long step are dear, those over the short one are not
@@ -149,9 +149,37 @@ def _targets_of(graph: WorkGraph, order: ComputeOrder) -> Targets:
     return [[place[work.kind, work.stage, m] for m in work.microbatches] for work in graph.works]
 
 
-def _one_at_a_time(graph: WorkGraph) -> ComputeOrder:
-    """One microbatch after the other: slow, and possible with whatever memory a single one needs."""
-    rows: list[list[tuple[int, int, Action]]] = [[] for _ in range(graph.num_ranks)]
-    for index, work in enumerate(graph.works):
-        rows[work.rank] += [(m, index, Action(work.kind, work.stage, (m,))) for m in work.microbatches]
-    return tuple(tuple(action for _, _, action in sorted(row, key=lambda entry: entry[:2])) for row in rows)
+def _one_at_a_time(problem: Problem, graph: WorkGraph) -> ComputeOrder:
+    """One microbatch after the other: slow, and possible with whatever memory a single one needs.
+
+    Raises:
+        ScheduleError: not even that fits, because stages on one rank must be held together that neither feeds.
+    """
+    rows: list[list[Action]] = [[] for _ in range(graph.num_ranks)]
+    serial = _backward_first(graph)
+    for m in range(problem.num_microbatches):
+        for index in serial:
+            work = graph.works[index]
+            if m in work.microbatches:
+                rows[work.rank].append(Action(work.kind, work.stage, (m,)))
+    order = tuple(map(tuple, rows))
+    for rank, row in enumerate(order):
+        excess = first_excess(row, problem, rank)
+        if excess is not None:
+            raise ScheduleError(
+                f"no order was found within the memory of rank {rank}: it may hold {problem.cap(rank):g}, and one "
+                f"microbatch after the other needs {excess[1]:g} there; give rank {rank} at least {excess[1]:g}"
+            )
+    return order
+
+
+def _backward_first(graph: WorkGraph) -> list[int]:
+    """The works one after the other, each after what it needs; whatever frees memory goes before what takes some."""
+    order: list[int] = []
+    left = set(range(len(graph.works)))
+    while left:
+        ready = [w for w in left if not any(arc.source in left for arc in graph.into[w])]
+        chosen = min(ready, key=lambda w: (graph.works[w].takes > 0, -w))
+        order.append(chosen)
+        left.remove(chosen)
+    return order

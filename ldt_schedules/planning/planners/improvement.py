@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ldt_schedules.planning.planners.list_scheduling import RULES, ListScheduler, Plan, Rules, Targets
+from ldt_schedules.planning.problem import Problem
+from ldt_schedules.planning.simulator import simulate
 from ldt_schedules.planning.work_graph import WorkGraph
 
 CLOSE_ENOUGH = 1e-9
@@ -39,6 +41,7 @@ _PATIENCE = (0.0, 0.5, 1.0)
 class Search:
     """Schedules of one graph; `best` is the best so far, `effort` how many instances have been scheduled."""
 
+    problem: Problem
     graph: WorkGraph
     bound: float
     tolerance: float = CLOSE_ENOUGH
@@ -60,9 +63,24 @@ class Search:
     def try_targets(self, targets: Targets, rules: Rules = RULES) -> Plan | None:
         """List-schedule by `targets`; remembers the result if it is the best."""
         self.effort += self.graph.num_instances
-        plan = self.forward.run(targets, rules)
+        plan = self._timed(self.forward.run(targets, rules))
         self._remember(plan)
         return plan
+
+    def _timed(self, plan: Plan | None) -> Plan | None:
+        """The plan with the simulator's times where messages queue: of two that are made at one moment it may let the
+        other one go first."""
+        if plan is None or not self.queues:
+            return plan
+        self.effort += 3 * self.graph.num_instances
+        timeline = simulate(self.problem.layout, self.graph.order(plan.starts), self.problem.costs)
+        spans = {(span.action.kind, span.action.stage, span.action.microbatches[0]): span for span in timeline.spans}
+        of_work = [[spans[work.kind, work.stage, m] for m in work.microbatches] for work in self.graph.works]
+        return Plan(
+            [[span.start for span in row] for row in of_work],
+            [[span.end for span in row] for row in of_work],
+            timeline.makespan,
+        )
 
     def justify(self, plan: Plan, rounds: int, rules: Rules = RULES) -> Plan:
         """The best of `rounds` backward and forward passes, `plan` included."""

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from ldt_schedules.planning.problem import MEMORY_SLACK
 from ldt_schedules.planning.work_graph import WorkGraph
 
 Targets = Sequence[Sequence[float]]
@@ -222,7 +223,7 @@ class _Banker:
     """
 
     def __init__(self, graph: WorkGraph, rank: int, works: list[int]) -> None:
-        self.cap = graph.caps[rank] + _EPS
+        self.cap = graph.caps[rank] + MEMORY_SLACK
         self.closing: dict[int, int] = {}
         takers = [w for w in works if graph.works[w].takes > 0]
         for w in takers:

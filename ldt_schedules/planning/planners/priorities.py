@@ -8,7 +8,7 @@ its inner stage:
     BE BS FE FS    the oldest first                  BS BE FE FS    the loss first
     FE BS BE FS    the inner stage first             BS FE FS BE    turn round first, then feed
 
-A weight gradient always comes last: nobody waits for it.
+A weight gradient comes last, because nobody waits for it, or at once, because it holds memory.
 
 Memory of a rank with nested stages: outer activations are held longest and could take all the room, so shares are tried
 too. A share limits what one stage may hold; the rank's cap holds in any case.
@@ -24,7 +24,7 @@ from ldt_schedules.planning.planners.list_scheduling import Rules, Targets
 from ldt_schedules.planning.work_graph import WorkGraph
 
 _LATER_INSTANCE = 1e-5
-_LAST = 9.0
+_FIRST, _LAST = 0.0, 9.0
 
 # Places of (forward of the outer stage, of the inner, backward of the inner, of the outer).
 _SEVERAL = (
@@ -43,19 +43,21 @@ def seeds(graph: WorkGraph) -> Iterator[tuple[Targets, Rules]]:
     rules = [*(Rules(room) for room in _rooms(graph)), Rules(patience=1.0)]
     if len(rules) > 2:
         rules = [Rules(reserve=True), *rules, Rules(reserve=True, patience=1.0)]
+    split = any(work.kind is Kind.W for work in graph.works)
     for single in _SINGLE:
         for several in _SEVERAL:
-            targets = _targets(graph, several, single)
-            for rule in rules:
-                yield targets, rule
+            for weight_gradient in (_LAST, _FIRST) if split else (_LAST,):
+                targets = _targets(graph, several, single, weight_gradient)
+                for rule in rules:
+                    yield targets, rule
 
 
-def _targets(graph: WorkGraph, several: tuple[float, ...], single: tuple[float, ...]) -> Targets:
+def _targets(graph: WorkGraph, several: tuple[float, ...], single: tuple[float, ...], weight: float) -> Targets:
     targets = []
     for index, work in enumerate(graph.works):
         depth, levels = _depth(graph, index)
         if work.kind is Kind.W:
-            place = _LAST
+            place = weight
         elif levels == 1:
             place = single[0] if work.kind is Kind.F else single[1]
         else:
