@@ -13,16 +13,7 @@ from ldt_schedules.planning.formats import problem_json
 from ldt_schedules.planning.formats.trace_json import Trace, dumps
 from ldt_schedules.planning.planners import plan_problem
 from ldt_schedules.planning.problem import Problem
-
-
-def ldt(*arguments, cwd=None):
-    return subprocess.run(
-        [sys.executable, "-m", "ldt_schedules", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        timeout=60,
-    )
+from tests.helpers.cli import ldt
 
 
 @pytest.fixture

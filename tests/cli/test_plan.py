@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -13,6 +11,7 @@ from ldt_schedules.planning.bounds import lower_bounds
 from ldt_schedules.planning.budgets import published_peaks
 from ldt_schedules.planning.formats import problem_json
 from ldt_schedules.planning.memory import peak_memory
+from tests.helpers.cli import ldt
 
 FORWARD = (1.0, 2.0, 2.0, 1.0)
 PROBLEM = Problem(
@@ -27,16 +26,6 @@ PROBLEM = Problem(
     ),
     (10.0, 4.0, 4.0),
 )
-
-
-def ldt(*arguments, cwd=None):
-    return subprocess.run(
-        [sys.executable, "-m", "ldt_schedules", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        timeout=100,
-    )
 
 
 @pytest.fixture

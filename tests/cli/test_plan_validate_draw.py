@@ -8,15 +8,7 @@ import sys
 
 import pytest
 
-
-def ldt(*arguments, cwd=None):
-    return subprocess.run(
-        [sys.executable, "-m", "ldt_schedules", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        timeout=60,
-    )
+from tests.helpers.cli import ldt
 
 
 def test_validate(tmp_path):
