@@ -69,6 +69,10 @@ def plan(
     memory: _Memory = None,
     forward_only: Annotated[bool, typer.Option("--forward-only", help="A table for evaluation.")] = False,
     out: _Out = None,
+    save_problem: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--save-problem", help="Write what was planned, costs and memory, as a problem (ldt-problem/1)."),
+    ] = None,
     format_name: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--format", help="Of the file: json, grid or csv; default: as its name ends."),
@@ -84,33 +88,30 @@ def plan(
     Example: ldt plan --problem problem.json --schedule auto --memory 2x --out table.json --json
     """
     from ldt_schedules.cli import problem_input
+    from ldt_schedules.cli.files import writing
     from ldt_schedules.planning import write_table
     from ldt_schedules.planning.budgets import within_budget
+    from ldt_schedules.planning.formats import problem_json
 
     form = _format(out, format_name)
+    _one_source(config, problem, measure, ranks, microbatches)
     if config is not None:
-        if problem is not None or ranks is not None or microbatches is not None:
-            raise ConfigError("give a config, or --problem, or --ranks and --microbatches: one of them")
         given = problem_input.from_config(config, overrides or [], measure)
-    elif measure is not None:
-        raise ConfigError("--measure needs the config of the run too: ldt plan CONFIG --measure RUN_DIR")
     elif problem is not None:
-        if ranks is not None or microbatches is not None:
-            raise ConfigError("--problem has the ranks and microbatches; leave out --ranks and --microbatches")
         given = problem_input.from_file(problem)
     else:
-        given = problem_input.from_numbers(
-            ranks, microbatches, domains, laps, latency, bandwidth, backward, cloud
-        )  # fmt: skip
+        given = problem_input.from_numbers(ranks, microbatches, domains, laps, latency, bandwidth, backward, cloud)
     budget = memory or given.budget
     limited = within_budget(given.problem, budget)
     candidates = _candidates(schedule, limited, quiet=json_output)
     chosen = _chosen(candidates)
     table = _table(chosen, limited, forward_only)
-    if out is not None:
-        from ldt_schedules.cli.files import writing
-
-        writing(out, write_table(table, form))
+    for path, text in (
+        (out, lambda: write_table(table, form)),
+        (save_problem, lambda: problem_json.dumps(limited)),
+    ):
+        if path is not None:
+            writing(path, text())
     if json_output:
         figures = _figures(chosen, limited, table, budget, given, out)
         if schedule is None:
@@ -120,6 +121,19 @@ def plan(
     from ldt_schedules.cli.plan_screen import show
 
     show(given, limited, budget, candidates, chosen, explain=schedule is None, out=out)
+
+
+def _one_source(
+    config: Path | None, problem: Path | None, measure: Path | None, ranks: int | None, microbatches: int | None
+) -> None:
+    """What is to be planned must be said once."""
+    numbers = ranks is not None or microbatches is not None
+    if config is not None and (problem is not None or numbers):
+        raise ConfigError("give a config, or --problem, or --ranks and --microbatches: one of them")
+    if config is None and measure is not None:
+        raise ConfigError("--measure needs the config of the run too: ldt plan CONFIG --measure RUN_DIR")
+    if problem is not None and numbers:
+        raise ConfigError("--problem has the ranks and microbatches; leave out --ranks and --microbatches")
 
 
 def _format(out: Path | None, format_name: str | None) -> str:

@@ -49,6 +49,8 @@ def show(
     console.print(f"table: {out}" if out else "table: not written (--out FILE.json)", soft_wrap=True)
     if out:
         console.print(f"see it: ldt draw {out}", soft_wrap=True)
+    if given.traces:
+        console.print(f"measured steps: ldt draw {given.traces[0]}, …", soft_wrap=True)
 
 
 def _stages(given: PlanInput) -> Table:

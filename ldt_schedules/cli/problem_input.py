@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class PlanInput:
     """A problem, the units its figures are in, and the memory budget that goes without saying.
 
-    `time_unit` is "s" or a word for one time; `memory_unit` is "B" or a word. `rows` describes the stages of a config.
+    `time_unit` is "s" or a word for one time; `memory_unit` is "B" or a word. `rows` describes the stages of a config,
+    `traces` are files of the measured steps, for `ldt draw`.
     """
 
     problem: Problem
@@ -26,6 +27,7 @@ class PlanInput:
     memory_unit: str
     budget: str
     rows: tuple[CostRow, ...] = ()
+    traces: tuple[Path, ...] = ()
 
 
 def from_file(path: Path) -> PlanInput:
@@ -76,10 +78,13 @@ def from_config(path: Path, overrides: list[str], measure: Path | None) -> PlanI
     config = load_config(path, overrides)
     if config.num_pipeline_ranks < 2:
         raise ConfigError("sites.cloud.pipeline_ranks is 0: the edge trains alone, and there is nothing to plan")
+    traces: list[Path] = []
     if measure is None:
         problem = problem_of(config)
     else:
-        from ldt_schedules.training.measured import measured_problem
+        from ldt_schedules.training.measured import measured_problem, write_step_traces
 
         problem = measured_problem(measure, config)
-    return PlanInput(problem, "s", "B", config.schedule.memory, tuple(describe_costs(problem, config)))
+        traces = write_step_traces(measure, config)
+    rows = tuple(describe_costs(problem, config))
+    return PlanInput(problem, "s", "B", config.schedule.memory, rows, tuple(traces))
