@@ -8,7 +8,7 @@ ranks, microbatches   how many
 stages                one object each, the stage's number is its position: `rank` (or one for each domain), `f`, and
                       `b` or `i` and `w` or all three (a number, or one for each microbatch), `mem` (held from the
                       start of F, default 1), `mem_w` (what stays between I and W, default `mem`), `name`
-edges                 [u, v] or [u, v, forward size, backward size]; default the chain 0, 1, 2, …
+edges                 [u, v] or [u, v, forward size, backward size]; without any the chain 0, 1, 2, …
 domains, domain_of    microbatch k is of domain `domain_of[k]`, by default k mod `domains`
 links                 `src`, `dst`, `latency`, `bandwidth` (null: no limit), `resource` (links that share one wire)
 default_link          `latency`, `bandwidth` of all other links; default: free
@@ -66,8 +66,14 @@ def loads(text: str) -> Problem:
 
 
 def dumps(problem: Problem) -> str:
-    """The problem as text; `loads(dumps(problem))` has the same stages, costs and caps."""
+    """The problem as text; `loads(dumps(problem))` has the same stages, costs and caps.
+
+    Raises:
+        ScheduleError: several stages and no edge at all, which the format takes for a chain.
+    """
     costs, layout = problem.costs, problem.layout
+    if len(layout.stages) > 1 and not any(stage.inputs for stage in layout.stages):
+        raise ScheduleError(f"the {len(layout.stages)} stages are not connected; a problem's file has no way to say so")
     content: dict[str, Any] = {"format": FORMAT, "ranks": layout.num_ranks, "microbatches": problem.num_microbatches}
     if layout.num_domains > 1:
         content["domains"] = layout.num_domains
@@ -184,7 +190,7 @@ def _link(entry: object) -> tuple[int, int, Link]:
 
 
 def _edges(content: dict[str, Any], num_stages: int) -> list[list[Any]]:
-    edges = _list(content, "edges", [[s, s + 1] for s in range(num_stages - 1)])
+    edges = _list(content, "edges", []) or [[s, s + 1] for s in range(num_stages - 1)]
     for edge in edges:
         if not isinstance(edge, list) or len(edge) not in (2, 4) or not all(_is_stage(s, num_stages) for s in edge[:2]):
             raise ScheduleError(
