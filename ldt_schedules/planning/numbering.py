@@ -54,6 +54,10 @@ class Numbering:
             family = self._families[key] = Family(takes, tuple(self.base(value) for value in self.flow.makes(one)))
         return family
 
+    def families_of_receives(self) -> list[Family]:
+        """Those of all RECVs that were asked for so far."""
+        return [family for key, family in self._families.items() if key[0].is_recv]
+
     def takes(self, action: Action) -> list[int]:
         """The numbers of `Dataflow.takes(action)`. Raises as it does."""
         return [base + m for m in action.microbatches for base in self.family(action).takes]

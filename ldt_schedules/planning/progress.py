@@ -18,7 +18,7 @@ from enum import Enum
 from ldt_schedules.planning.actions import Action
 from ldt_schedules.planning.channels import Lane, lane_of
 from ldt_schedules.planning.dependencies import Dataflow
-from ldt_schedules.planning.numbering import Family, Key, Numbering
+from ldt_schedules.planning.numbering import Family, Numbering
 from ldt_schedules.planning.table import ScheduleTable
 
 
@@ -41,11 +41,24 @@ class Stuck:
     waits_for: tuple[int, ...]
 
 
+Families = list[list[Family]]
+"""For each action of each row, what it takes and makes."""
+
+
 def waiting_forever(
-    table: ScheduleTable, semantics: Semantics = Semantics.RENDEZVOUS, numbers: Numbering | None = None
+    table: ScheduleTable,
+    semantics: Semantics = Semantics.RENDEZVOUS,
+    numbers: Numbering | None = None,
+    families: Families | None = None,
 ) -> list[Stuck]:
-    """Every rank that cannot finish. The table must be sound otherwise (all values made and taken once)."""
-    return _Play(table, semantics, numbers or numbering_of(table)).run()
+    """Every rank that cannot finish. The table must be sound otherwise (all values made and taken once).
+
+    `numbers` and `families` (by these numbers) are looked up again where they are not at hand.
+    """
+    if numbers is None or families is None:
+        numbers = numbers or numbering_of(table)
+        families = [[numbers.family(action) for action in row] for row in table.ranks]
+    return _Play(table, semantics, numbers, families).run()
 
 
 def numbering_of(table: ScheduleTable) -> Numbering:
@@ -68,14 +81,12 @@ def circle(stuck: list[Stuck]) -> list[Stuck]:
 
 
 class _Play:
-    def __init__(self, table: ScheduleTable, semantics: Semantics, numbers: Numbering) -> None:
+    def __init__(self, table: ScheduleTable, semantics: Semantics, numbers: Numbering, families: Families) -> None:
         self.rows, self.semantics, self.numbers = table.ranks, semantics, numbers
         self.position = [0] * len(self.rows)
         self.waits = [-1] * len(self.rows)  # the value a rank waits for
-        self.received_as: dict[int, int] = {}
-        known: dict[Key, Family] = {}
-        families = [[self._family(action, known) for action in row] for row in self.rows]
         self.families = families
+        self.received_as = {f.takes[0]: f.makes[0] for f in numbers.families_of_receives()}
         self.there = bytearray(numbers.size)
         self.passed = bytearray(numbers.size)
         self.lanes = list(Lane)
@@ -83,15 +94,6 @@ class _Play:
         # What each rank has posted on each of its lanes and has not passed yet, in order: (message, other rank).
         self.queues: list[list[deque[tuple[int, int]]]] = [[deque() for _ in Lane] for _ in self.rows]
         self.ready: list[int] = []
-
-    def _family(self, action: Action, known: dict[Key, Family]) -> Family:
-        key = self.numbers.key(action)
-        family = known.get(key)
-        if family is None:
-            family = known[key] = self.numbers.family(action)
-            if action.kind.is_recv:
-                self.received_as[family.takes[0]] = family.makes[0]
-        return family
 
     def run(self) -> list[Stuck]:
         self.ready = list(range(len(self.rows)))

@@ -30,7 +30,7 @@ from ldt_schedules.planning.errors import ScheduleError
 from ldt_schedules.planning.memory import first_excess
 from ldt_schedules.planning.numbering import Family, Key
 from ldt_schedules.planning.problem import Problem
-from ldt_schedules.planning.progress import Semantics, Stuck, circle, numbering_of, waiting_forever
+from ldt_schedules.planning.progress import Families, Semantics, Stuck, circle, numbering_of, waiting_forever
 from ldt_schedules.planning.table import ScheduleTable
 
 _CONTEXT_ROWS = 3
@@ -125,6 +125,7 @@ class _Validation:
 
     def __post_init__(self) -> None:
         self.numbers = numbering_of(self.table)
+        self.families: Families = [[] for _ in self.table.ranks]
 
     def run(self, blocking: bool) -> list[Violation]:
         for rank, row in enumerate(self.table.ranks):
@@ -133,6 +134,7 @@ class _Validation:
                 family = self._family(rank, index, action, known)
                 if family is not None:
                     self._add((rank, index), action, family)
+                    self.families[rank].append(family)
         self._taken_after_made()
         self._nothing_left_over()
         self._complete()
@@ -280,13 +282,13 @@ class _Validation:
                     break
 
     def _nobody_waits_for_ever(self, blocking: bool) -> None:
-        stuck = waiting_forever(self.table, Semantics.RENDEZVOUS, self.numbers)
+        stuck = waiting_forever(self.table, Semantics.RENDEZVOUS, self.numbers, self.families)
         how = ""
         if stuck:
-            in_mailboxes = waiting_forever(self.table, Semantics.BUFFERED, self.numbers)
+            in_mailboxes = waiting_forever(self.table, Semantics.BUFFERED, self.numbers, self.families)
             how = " (even if messages are buffered)" if in_mailboxes else " (when a message needs both sides)"
         elif blocking:
-            stuck = waiting_forever(self.table, Semantics.BLOCKING, self.numbers)
+            stuck = waiting_forever(self.table, Semantics.BLOCKING, self.numbers, self.families)
             how = " (when every SEND and RECV holds up its rank)"
         round_trip = self._describe(circle(stuck))
         for one in stuck:
