@@ -56,7 +56,8 @@ class _Applied:
     name: str
     original: Any
     replacement: Any
-    was_own: bool
+    was: Any
+    """What stood in the owner's own namespace (a staticmethod object, say); None when the name was inherited."""
 
 
 @dataclass
@@ -84,8 +85,9 @@ class PatchManager:
         replacement = factory(original)
         if not hasattr(replacement, "__wrapped__") and inspect.isfunction(replacement) and callable(original):
             functools.update_wrapper(replacement, original)
-        done = _Applied(patch, owner, name, original, replacement, name in vars(owner))
-        setattr(owner, name, replacement)
+        was = vars(owner).get(name)
+        done = _Applied(patch, owner, name, original, replacement, was)
+        setattr(owner, name, staticmethod(replacement) if isinstance(was, staticmethod) else replacement)
         _rebind(original, replacement)
         return done
 
@@ -94,8 +96,8 @@ class PatchManager:
         targets = set(self.applied) if patches is None else {patch.target for patch in patches}
         for target in [target for target in reversed(list(self.applied)) if target in targets]:
             done = self.applied.pop(target)
-            if done.was_own:
-                setattr(done.owner, done.name, done.original)
+            if done.was is not None:
+                setattr(done.owner, done.name, done.was)
             else:
                 delattr(done.owner, done.name)
             _rebind(done.replacement, done.original)

@@ -52,6 +52,12 @@ PATCHES: tuple[Patch, ...] = (
         (("ignore_virtual",), ("ignore_virtual", "vp_stage")),
     ),
     _core(
+        "tensor_parallel.cross_entropy:VocabParallelCrossEntropy.calculate_logits_max",
+        "loss_precision:logits_max_in_their_precision",
+        "it rounds to float32, which hides what a run in float64 is to show",
+        (("vocab_parallel_logits",),),
+    ),
+    _core(
         "optimizer.clip_grads:get_grad_norm_fp32",
         "cross_site:grad_norm_of_both_sites",
         "the norm of the whole model needs the other site's part",

@@ -1,13 +1,13 @@
-"""The transport over torch process groups: gloo, nccl or hccl.
+"""Point-to-point messages between processes over torch process groups: gloo, nccl or hccl.
 
 Each lane is a `Channel`: its own group and, on an accelerator, its own stream, so that a send that waits
-for its peer holds up neither the receives nor the compute stream.
+for its peer holds up neither the receives nor the compute stream. Which processes a message goes to is not decided
+here: see `boundary.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -15,7 +15,6 @@ import torch
 
 from ldt_schedules import device
 from ldt_schedules.comm.link import Channel, Link
-from ldt_schedules.comm.traffic import Traffic
 from ldt_schedules.comm.transport import TensorSpec
 from ldt_schedules.errors import LdtError
 from ldt_schedules.planning.channels import Lane
@@ -30,7 +29,10 @@ class _Posted:
     what: str
     timeout_s: float
 
-    def finish(self) -> None:
+    def is_complete(self) -> bool:
+        return bool(self.work.is_completed())
+
+    def wait(self) -> None:
         try:
             self.work.wait(timedelta(seconds=self.timeout_s))
         except RuntimeError as error:
@@ -38,58 +40,45 @@ class _Posted:
 
 
 @dataclass
-class _Send(_Posted):
-    def is_complete(self) -> bool:
-        return bool(self.work.is_completed())
-
-    def wait(self) -> None:
-        self.finish()
-
-
-@dataclass
-class _Recv(_Posted):
+class _Receiving(_Posted):
     channel: Channel
 
-    def wait(self) -> torch.Tensor:
-        self.finish()
+    def wait(self) -> None:
+        super().wait()
         device.wait_for_stream(self.channel.stream)
-        return self.buffer.to(device.current_device())
 
 
 @dataclass
-class TorchTransport:
-    """Point-to-point over the link's lanes.
+class ProcessTransport:
+    """This process's messages to and from other processes, by their global ranks.
 
-    Attributes:
-        link: the process's end of the link.
-        global_rank_of: pipeline rank -> the global rank this process exchanges tensors with there.
+    `what` names the other end in an error message.
     """
 
     link: Link
-    global_rank_of: Callable[[int], int]
-    traffic: Traffic = field(default_factory=Traffic)
 
-    def post_send(self, tensor: torch.Tensor, *, peer: int, lane: Lane, tag: int) -> _Send:
+    def post_send(self, tensor: torch.Tensor, process: int, *, lane: Lane, tag: int, what: str) -> _Posted:
+        """Start sending; the handle keeps what is sent alive."""
         channel = self.link.channels[lane]
         with device.on_stream(channel.stream):
-            payload = self._on_wire(tensor.detach().contiguous(), channel)
-            work = channel.group.send([payload], self.global_rank_of(peer), tag)
+            payload = tensor.detach().contiguous().to(_wire_device(channel))
+            work = channel.group.send([payload], process, tag)
             device.record_on_stream(tensor, channel.stream)
-        self.traffic.sent[peer] += payload.nbytes
-        return _Send(work, payload, f"sending to pipeline rank {peer} on {lane.name}", self.link.timeout_s)
+        return _Posted(work, payload, f"sending to {what} on {lane.name}", self.link.timeout_s)
 
-    def post_recv(self, spec: TensorSpec, *, peer: int, lane: Lane, tag: int) -> _Recv:
+    def buffer(self, spec: TensorSpec, lane: Lane) -> torch.Tensor:
+        """Room for a message, where the lane's backend can write."""
         channel = self.link.channels[lane]
         with device.on_stream(channel.stream):
-            buffer = torch.empty(spec.shape, dtype=spec.dtype, device=self._wire_device(channel))
-            work = channel.group.recv([buffer], self.global_rank_of(peer), tag)
-        self.traffic.received[peer] += spec.num_bytes
-        what = f"receiving from pipeline rank {peer} on {lane.name}"
-        return _Recv(work, buffer, what, self.link.timeout_s, channel)
+            return torch.empty(spec.shape, dtype=spec.dtype, device=_wire_device(channel))
 
-    def _on_wire(self, tensor: torch.Tensor, channel: Channel) -> torch.Tensor:
-        return tensor.to(self._wire_device(channel))
+    def post_recv(self, buffer: torch.Tensor, process: int, *, lane: Lane, tag: int, what: str) -> _Receiving:
+        """Start receiving into `buffer`, a contiguous (part of a) `self.buffer(...)`."""
+        channel = self.link.channels[lane]
+        with device.on_stream(channel.stream):
+            work = channel.group.recv([buffer], process, tag)
+        return _Receiving(work, buffer, f"receiving from {what} on {lane.name}", self.link.timeout_s, channel)
 
-    @staticmethod
-    def _wire_device(channel: Channel) -> torch.device:
-        return torch.device("cpu") if channel.backend == "gloo" else device.current_device()
+
+def _wire_device(channel: Channel) -> torch.device:
+    return torch.device("cpu") if channel.backend == "gloo" else device.current_device()

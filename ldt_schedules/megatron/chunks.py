@@ -76,7 +76,7 @@ def build_chunks(
     if len(layers) == 1:
         return _stage_module(config, stage_spans[0], provider, first=True, last=True)
     if place.site is Site.CLOUD:
-        return _stage_module(config, stage_spans[place.pipeline_rank], provider, first=False, last=False)
+        return _stage_module(config, stage_spans[place.stage], provider, first=False, last=False)
     head = _stage_module(config, stage_spans[0], provider, first=True, last=False)
     tail = _stage_module(config, stage_spans[-1], provider, first=False, last=True)
     if tied:
@@ -118,7 +118,7 @@ def stage_modules(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
     if isinstance(inner, EdgeChunks):
         return inner.stage_modules
     run = session.current()
-    return {run.place.pipeline_rank if run is not None else 0: model}
+    return {run.place.stage if run is not None else 0: model}
 
 
 def shares_parameters(model: torch.nn.Module) -> bool:

@@ -92,7 +92,8 @@ def _all_finite(grads: list[torch.Tensor]) -> bool:
 def share_num_tokens(run: Session, num_tokens: torch.Tensor) -> None:
     """Give the cloud the edge's count of loss tokens, in place, before gradients are divided by it.
 
-    The loss is computed at the edge, so a cloud process has counted 0. Each replica passes its own count on; Megatron
-    then sums the counts over the replicas on each site.
+    The loss is computed at the edge, so a cloud process has counted 0. Each edge replica passes its own count on to its
+    first domain; Megatron then sums the counts over the replicas on each site, so both come to the same.
     """
-    num_tokens.fill_(run.from_edge("number of tokens", {"num_tokens": int(num_tokens)})["num_tokens"])
+    count = run.from_edge("number of tokens", {"num_tokens": int(num_tokens)})["num_tokens"]
+    num_tokens.fill_(count if run.place.domain == 0 else 0)

@@ -20,7 +20,7 @@ from ldt_schedules.megatron import session
 from ldt_schedules.megatron.chunks import shares_parameters, stage_modules
 from ldt_schedules.megatron.compatibility import call_with_known
 from ldt_schedules.megatron.cross_site import share_num_tokens
-from ldt_schedules.megatron.grad_sync import GradSync
+from ldt_schedules.megatron.grad_sync import GradSync, scale_to_global_batch
 from ldt_schedules.megatron.session import Session
 from ldt_schedules.megatron.stages import MegatronStages
 from ldt_schedules.planning.actions import Action, Kind
@@ -79,8 +79,8 @@ def forward_backward_pipelining_without_interleaving(
     assert run is not None, "no session: get_forward_backward_func would have chosen Megatron's own function"
     chunks = model if isinstance(model, list) else [model]
     config = get_model_config(chunks[0])
-    _refuse_unsupported(config, chunks, adjust_tensor_shapes_fn)
-    table = run.table_for(num_microbatches, forward_only)
+    _refuse_unsupported(run, config, chunks, adjust_tensor_shapes_fn)
+    table = run.table(num_microbatches, forward_only)
     check_executable(table)
     if config.timers is not None:
         config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
@@ -128,12 +128,18 @@ def _execute(stages: MegatronStages, seq_length: int, micro_batch_size: int) -> 
     stages.batches.assert_empty()
 
 
-def _refuse_unsupported(config: Any, chunks: list[Any], adjust_tensor_shapes_fn: object) -> None:
+def _refuse_unsupported(run: Session, config: Any, chunks: list[Any], adjust_tensor_shapes_fn: object) -> None:
     if len(chunks) != 1:
         raise ConfigError(f"a site of a U holds one wrapped module, got a list of {len(chunks)} model chunks")
     if adjust_tensor_shapes_fn is not None:
         raise ConfigError(
             "adjust_tensor_shapes_fn changes shapes on one rank only; a U takes them from the step header"
+        )
+    declared = run.topology.size(run.place.site).sequence_parallel
+    if config.sequence_parallel != declared:
+        raise ConfigError(
+            f"the model's sequence_parallel is {config.sequence_parallel}, but the topology says {declared} for the "
+            f"{run.place.site}; give both the same"
         )
     for option in ("overlap_moe_expert_parallel_comm", "hybrid_context_parallel", "fine_grained_activation_offloading"):
         if getattr(config, option, False):
@@ -187,7 +193,7 @@ def _exchange_header(run: Session, mine: StepHeader) -> StepHeader:
 
 
 def _local_spec(whole: TensorSpec, run: Session, config: Any) -> TensorSpec:
-    """This rank's part of an activation: context parallelism and sequence parallelism split the sequence."""
+    """What this process holds of an activation: context parallelism and sequence parallelism split the sequence."""
     sequence, batch, hidden = whole.shape
     size = run.topology.size(run.place.site)
     sequence //= size.context * (size.tensor if config.sequence_parallel else 1)
@@ -233,3 +239,4 @@ def _finish_gradients(
     if pg_collection is not None:
         optional["pg_collection"] = pg_collection  # type: ignore[assignment]
     call_with_known(config.finalize_model_grads_func, chunks, num_tokens, **optional)
+    scale_to_global_batch(run, config, chunks)

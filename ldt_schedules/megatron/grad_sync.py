@@ -14,7 +14,9 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ldt_schedules.megatron.session import Session
 from ldt_schedules.planning.actions import Action, Kind
+from ldt_schedules.topology import Site
 
 Callback = Callable[..., Any]
 
@@ -77,6 +79,20 @@ class GradSync:
             for chunk in self._model:
                 if getattr(chunk, "ddp_config", None) is not None and chunk.ddp_config.overlap_grad_reduce:
                     chunk.start_grad_sync()
+
+
+def scale_to_global_batch(run: Session, config: Any, model: list[Any]) -> None:
+    """Make the cloud's gradients those of the mean over the global batch, once they are reduced and final.
+
+    The edge divides each microbatch's loss by its own number of microbatches, D times a cloud replica's, and that is the
+    gradient that comes to the cloud: 1 / (D M_c). Megatron averages over dp_c replicas, where the global batch has
+    M_c dp_c microbatches, so D is missing. Scaling here and not at the boundary keeps what crosses the link, and what
+    returns to the edge, bit for bit what one process would compute. With per-token loss Megatron sums, and divides by
+    the tokens of both sites' whole batch: nothing is missing.
+    """
+    if run.place.site is Site.CLOUD and run.domain_scale != 1 and not config.calculate_per_token_loss:
+        for chunk in model:
+            chunk.scale_gradients(run.domain_scale)
 
 
 def _functions(given: Callback | list[Callback] | None) -> list[Callback]:

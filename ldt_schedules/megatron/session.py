@@ -27,8 +27,9 @@ class Session:
     """The run as one process sees it.
 
     Attributes:
-        table_for: the schedule of a step.
+        table_for: the schedule of a step of the edge, whose microbatches are those of all its domains.
         steps: forward-backward calls so far; equal on both sites.
+        domain_scale: what the cloud's averaged gradients are multiplied by, see `grad_sync.scale_to_global_batch`.
         executing: the stage being computed right now, None between actions.
         last_step: times of the latest step.
     """
@@ -39,18 +40,33 @@ class Session:
     transport: Transport
     table_for: TableSource
     steps: int = 0
+    domain_scale: float = field(init=False)
     executing: int | None = None
     last_step: StepRecorder = field(default_factory=StepRecorder)
 
     def __post_init__(self) -> None:
         self.table_for = lru_cache(maxsize=8)(self.table_for)
+        self.domain_scale = float(self.topology.domains)
+
+    def table(self, num_microbatches: int, forward_only: bool) -> ScheduleTable:
+        """The table of a step in which this process runs `num_microbatches`: its site's, as Megatron counts them.
+
+        The edge runs those of all its domains.
+        """
+        domains = 1 if self.place.site is Site.EDGE else self.topology.domains
+        return self.table_for(num_microbatches * domains, forward_only)
+
+    def local_microbatch(self, microbatch: int) -> int:
+        """The number that Megatron gives a microbatch of the table in this process: it counts its own, from 0."""
+        return microbatch if self.place.site is Site.EDGE else microbatch // self.topology.domains
 
     def from_edge(self, what: str, message: dict[str, Any]) -> dict[str, Any]:
         """The edge's message about this step, on both sites: the edge gives its own, the cloud waits for it.
 
-        Each slice of the batch (data and context rank) has its own; the slice's first tensor-parallel rank speaks.
+        Each slice of the batch (context rank and edge replica) has its own; the slice's first tensor-parallel rank
+        speaks.
         """
-        key = f"{what}/{self.steps}/{self.place.context_rank}/{self.place.data_rank}"
+        key = f"{what}/{self.steps}/{self.place.context_rank}/{self.topology.edge_replica(self.place)}"
         if self.place.site is not Site.EDGE:
             return self.link.fetch(key, f"the edge's {what} of step {self.steps}")
         if self.place.tensor_rank == 0:

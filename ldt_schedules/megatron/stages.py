@@ -51,6 +51,7 @@ class MegatronStages:
 
     def forward(self, stage: int, microbatch: int, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, Saved]:
         layout = self.table.layout
+        local = self.run.local_microbatch(microbatch)
         with self.run.stage(stage):
             output, num_tokens = call_with_known(
                 schedules.forward_step,
@@ -63,11 +64,11 @@ class MegatronStages:
                 self.config,
                 cp_group_size=parallel_state.get_context_parallel_world_size(),
                 collect_non_loss_data=self.collect_non_loss_data,
-                checkpoint_activations_microbatch=self._checkpoint_all_layers(stage, microbatch),
+                checkpoint_activations_microbatch=self._checkpoint_all_layers(stage, local),
                 is_first_microbatch=schedules.check_first_val_step(
-                    self.first_val_step, self.table.forward_only, microbatch == 0
+                    self.first_val_step, self.table.forward_only, local == 0
                 ),
-                current_microbatch=microbatch,
+                current_microbatch=local,
                 is_last_stage=layout.is_tail(stage),
             )
         self.num_tokens += num_tokens.to(self.num_tokens.device)

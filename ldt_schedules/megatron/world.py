@@ -10,8 +10,9 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from ldt_schedules import device
+from ldt_schedules.comm.boundary import BoundaryTransport, TensorGroup
 from ldt_schedules.comm.link import connect
-from ldt_schedules.comm.torch_transport import TorchTransport
+from ldt_schedules.comm.torch_transport import ProcessTransport
 from ldt_schedules.megatron import session
 from ldt_schedules.megatron.session import Session, TableSource
 from ldt_schedules.topology import Place, Site, Topology
@@ -50,9 +51,20 @@ def open_site(topology: Topology, place: Place, rendezvous: Address, timeout_s: 
 
 
 def join_link(
-    topology: Topology, place: Place, address: Address, table_for: TableSource, timeout_s: float, backend: str = "auto"
+    topology: Topology,
+    place: Place,
+    address: Address,
+    table_for: TableSource,
+    timeout_s: float,
+    backend: str = "auto",
+    lead: bool = False,
 ) -> Session:
-    """Connect to the other site and make the session of this process. The cloud's first process listens."""
+    """Connect to the other site and make the session of this process. The cloud's first process listens.
+
+    Args:
+        backend: see `comm.link.connect`.
+        lead: between the sites one process of each tensor-parallel group sends and receives for all.
+    """
     link = connect(
         host=address.host,
         port=address.port,
@@ -62,7 +74,13 @@ def join_link(
         timeout_s=timeout_s,
         backend=backend,
     )
-    transport = TorchTransport(link, lambda pipeline_rank: topology.peer(place, pipeline_rank))
+    group = TensorGroup(
+        rank=place.tensor_rank,
+        size=topology.size(place.site).tensor,
+        split=topology.size(place.site).sequence_parallel,
+        group=parallel_state.get_tensor_model_parallel_group(),
+    )
+    transport = BoundaryTransport(ProcessTransport(link), topology, place, group, lead)
     run = Session(topology, place, link, transport, table_for)
     session.install(run)
     return run

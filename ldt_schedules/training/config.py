@@ -20,7 +20,7 @@ from pydantic import Field, SkipValidation, ValidationError, model_validator
 from ldt_schedules.errors import ConfigError
 from ldt_schedules.planning.errors import ScheduleError
 from ldt_schedules.planning.layers import parse_layers, read_layers
-from ldt_schedules.topology import Site, SiteSize, Topology
+from ldt_schedules.topology import Site, SiteSize, Topology, nearest_multiples
 from ldt_schedules.training.config_file import apply_overrides, explain, keys_of, read_yaml
 from ldt_schedules.training.sections import (
     DataSection,
@@ -81,22 +81,35 @@ class TrainConfig(Section):
 
     @property
     def data_parallel(self) -> int:
+        """Replicas that read data: the edge's."""
         return self.sites.edge.data_parallel
 
     @property
     def num_microbatches(self) -> int:
-        """Microbatches of a step on one replica."""
+        """Microbatches of a step on one edge replica, those of all its domains."""
         return self.train.global_batch_size // (self.train.micro_batch_size * self.data_parallel)
 
     @cached_property
     def topology(self) -> Topology:
         """Both sites as the runtime knows them."""
-        edge, cloud = (SiteSize(tensor=s.tensor_parallel, data=s.data_parallel) for s in self._both_sites())
+        edge, cloud = (
+            SiteSize(
+                tensor=s.tensor_parallel,
+                data=s.data_parallel,
+                # Without a tensor-parallel group there is nothing to share; Megatron takes it so, too.
+                sequence_parallel=s.sequence_parallel and s.tensor_parallel > 1,
+            )
+            for s in self._both_sites()
+        )
         return Topology(self.num_pipeline_ranks, edge=edge, cloud=cloud)
 
     def site_processes(self, site: Site) -> int:
         """Processes of one site; 0 for the cloud of an edge that is alone."""
         return self.topology.world_size(site)
+
+    def _sites_in_use(self) -> list[tuple[str, EdgeSection]]:
+        edge, cloud = self._both_sites()
+        return [("edge", edge), ("cloud", cloud)] if self.sites.cloud.pipeline_ranks else [("edge", edge)]
 
     def _both_sites(self) -> tuple[EdgeSection, EdgeSection]:
         return self.sites.edge, self.sites.cloud
@@ -110,13 +123,9 @@ class TrainConfig(Section):
 
     def _site_problems(self) -> Iterator[str]:
         edge, cloud = self._both_sites()
-        for name in ("tensor_parallel", "data_parallel"):
-            mine, theirs = getattr(edge, name), getattr(cloud, name)
-            if self.sites.cloud.pipeline_ranks and mine != theirs:
-                yield (
-                    f"sites.edge.{name} is {mine} and sites.cloud.{name} is {theirs}: "
-                    "different sizes on the two sites are not supported yet; give both the same"
-                )
+        if self.sites.cloud.pipeline_ranks:
+            replicas = "sites.edge.data_parallel", edge.data_parallel
+            yield from _must_divide("sites.cloud.data_parallel", cloud.data_parallel, *replicas)
         yield from self._layer_problems()
 
     def _layer_problems(self) -> Iterator[str]:
@@ -135,12 +144,18 @@ class TrainConfig(Section):
             yield f"{error} (keys: layers, model.num_layers, sites.cloud.pipeline_ranks)"
 
     def _model_problems(self) -> Iterator[str]:
-        model, tensor = self.model, self.sites.edge.tensor_parallel
+        model = self.model
         heads, groups = model.num_attention_heads, model.num_query_groups
         yield from _must_divide("model.hidden_size", model.hidden_size, "model.num_attention_heads", heads)
         yield from _must_divide("model.num_attention_heads", heads, "model.num_query_groups", groups)
-        for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-            yield from _must_divide(f"model.{name}", getattr(model, name), "sites.edge.tensor_parallel", tensor)
+        if "sequence_parallel" in model.megatron:
+            yield "model.megatron.sequence_parallel: set sites.edge.sequence_parallel and sites.cloud.sequence_parallel"
+        for name, site in self._sites_in_use():
+            tensor = f"sites.{name}.tensor_parallel", site.tensor_parallel
+            for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+                yield from _must_divide(f"model.{key}", getattr(model, key), *tensor)
+            if site.sequence_parallel:
+                yield from _must_divide("model.seq_length", model.seq_length, *tensor)
         if model.position_embedding == "rope" and model.hidden_size % heads == 0 and model.hidden_size // heads % 2:
             yield (
                 f"model.position_embedding rope needs an even head width, but model.hidden_size {model.hidden_size} / "
@@ -149,8 +164,11 @@ class TrainConfig(Section):
 
     def _batch_problems(self) -> Iterator[str]:
         train = self.train
-        per_step = train.micro_batch_size * self.data_parallel
-        factors = f"train.micro_batch_size {train.micro_batch_size} x data_parallel {self.data_parallel} ="
+        name, site = self._sites_in_use()[-1]  # the cloud's replicas are a multiple of the edge's
+        per_step = train.micro_batch_size * site.data_parallel
+        factors = (
+            f"train.micro_batch_size {train.micro_batch_size} x sites.{name}.data_parallel {site.data_parallel} ="
+        )
         yield from _must_divide("train.global_batch_size", train.global_batch_size, factors, per_step)
         if train.min_lr > train.lr:
             yield f"train.min_lr {train.min_lr:g} is above train.lr {train.lr:g}; lower it or raise train.lr"
@@ -222,8 +240,7 @@ def _shown(fingerprint: dict[str, Any], key: str) -> str:
 
 def _must_divide(name: str, value: int, divisor_name: str, divisor: int) -> Iterator[str]:
     if value % divisor:
-        below = value // divisor * divisor
-        allowed = f"{below} or {below + divisor}" if below else f"{divisor}"
+        allowed = nearest_multiples(value, divisor)
         yield f"{name} {value} is not a multiple of {divisor_name} {divisor}; change one of them ({allowed} would do)"
 
 

@@ -39,7 +39,8 @@ def loss_of_tokens(
         token_losses: `[b, s]`, in nats.
     """
     mask = loss_mask.view(-1)
-    total = torch.sum(token_losses.float().view(-1) * mask)
+    losses = token_losses.to(torch.promote_types(token_losses.dtype, torch.float32))  # a sum of 16 bits loses them
+    total = torch.sum(losses.view(-1) * mask)
     num_tokens = mask.sum().to(torch.int)
     return total, num_tokens, {"lm loss": torch.stack([total.detach().double(), num_tokens.double()])}
 

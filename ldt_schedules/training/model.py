@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as functional
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -22,10 +21,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ldt_schedules.errors import ConfigError
 from ldt_schedules.megatron.chunks import build_chunks
-from ldt_schedules.megatron.compatibility import call_with_known
 from ldt_schedules.megatron.initialization import initialize_by_name
+from ldt_schedules.megatron.layer_span import span_of
 from ldt_schedules.topology import Place, Site, Topology
 from ldt_schedules.training.config import TrainConfig
+from ldt_schedules.training.layer_spec import block_spec
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 _ACTIVATIONS = {"gelu": (functional.gelu, False), "swiglu": (functional.silu, True)}
@@ -72,6 +72,7 @@ def transformer_config(config: TrainConfig, topology: Topology, site: Site) -> T
         attention_dropout=model.dropout,
         hidden_dropout=model.dropout,
         tensor_model_parallel_size=size.tensor,
+        sequence_parallel=size.sequence_parallel,
         pipeline_model_parallel_size=topology.pipeline_size(site),
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -95,18 +96,13 @@ def transformer_config(config: TrainConfig, topology: Topology, site: Site) -> T
 def _gpt(
     chunk_config: TransformerConfig, *, pre_process: bool, post_process: bool, train: TrainConfig, vocab_size: int
 ) -> GPTModel:
-    model = train.model
+    model, span = train.model, span_of(chunk_config)
+    assert span is not None, "build_chunks gives every chunk its span"
     # The cloud holds neither end: told of a tie, Megatron would look for the other copy in the cloud's own world.
     tied = model.tie_embeddings and (pre_process or post_process)
-    return GPTModel(
+    gpt = GPTModel(
         config=chunk_config,
-        transformer_layer_spec=call_with_known(
-            get_gpt_layer_local_spec,
-            num_experts=chunk_config.num_moe_experts,
-            moe_grouped_gemm=False,
-            qk_layernorm=chunk_config.qk_layernorm,
-            normalization=model.normalization,
-        ),
+        transformer_layer_spec=block_spec(chunk_config, span.count),
         vocab_size=vocab_size,
         max_sequence_length=model.seq_length,
         pre_process=pre_process,
@@ -115,6 +111,8 @@ def _gpt(
         share_embeddings_and_output_weights=tied,
         position_embedding_type=model.position_embedding,
     )
+    # torch's norms are made in float32. Megatron's Float16Module narrows them; nothing of Megatron's widens them.
+    return gpt.double() if model.precision == "fp64" else gpt
 
 
 def build(
@@ -140,7 +138,11 @@ def build(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "Apex is not installed" and the like: said once by Megatron's import
         if ddp_config is None:
-            ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=config.model.precision != "fp64")
+            ddp_config = DistributedDataParallelConfig(
+                grad_reduce_in_fp32=config.model.precision != "fp64",
+                use_distributed_optimizer=config.train.distributed_optimizer,
+                overlap_grad_reduce=config.train.overlap_grad_reduce,
+            )
         ddp = DistributedDataParallel(config=whole, ddp_config=ddp_config, module=module)
         optimizer = get_megatron_optimizer(_optimizer_config(config, ddp_config), [ddp])
     whole.finalize_model_grads_func = finalize_model_grads

@@ -61,7 +61,8 @@ class EdgeSection(Section):
     """The site that holds the data, the first and last layers and the loss: pipeline rank 0."""
 
     tensor_parallel: int = Field(1, ge=1, description="processes that share each layer")
-    data_parallel: int = Field(1, ge=1, description="replicas of the model")
+    data_parallel: int = Field(1, ge=1, description="replicas of the model; the cloud's a multiple of the edge's")
+    sequence_parallel: bool = Field(False, description="tensor-parallel processes share norms and dropout, too")
 
     @property
     def processes_per_rank(self) -> int:
@@ -125,6 +126,8 @@ class TrainSection(Section):
     log_interval: int = Field(10, ge=1, description="steps between lines where the output is no terminal")
     output_dir: str = Field("runs/default", min_length=1, description="directory of logs, metrics, checkpoints")
     threads: int = Field(1, ge=1, description="torch threads of each process")
+    distributed_optimizer: bool = Field(False, description="replicas share the optimizer's states between them")
+    overlap_grad_reduce: bool = Field(False, description="reduce gradients over replicas while others are computed")
     recompute: Literal["none", "full", "selective"] = Field("none", description="activations computed twice")
     trace_iterations: int = Field(
         0, ge=0, description="steps, from the 3rd, whose times each pipeline rank writes to output_dir/trace; 0: none"
@@ -161,6 +164,9 @@ class LinkSection(Section):
         "127.0.0.1:0", description="HOST:PORT where the cloud listens; port 0: choose one (one machine)"
     )
     timeout_s: float = Field(300.0, gt=0.0, description="seconds that one site waits for the other")
+    boundary: Literal["slices", "lead"] = Field(
+        "slices", description="tensors cross cut over the tensor-parallel processes, or whole from the first one"
+    )
     backend: Literal["auto", "gloo", "nccl", "hccl"] = Field("auto", description="transport of activations")
 
     @field_validator("address")

@@ -14,27 +14,40 @@ def exchange(rank: int, size: int, port: int) -> dict[str, object]:
     import torch
 
     from ldt_schedules.comm.link import connect
-    from ldt_schedules.comm.torch_transport import TorchTransport
+    from ldt_schedules.comm.torch_transport import ProcessTransport
     from ldt_schedules.comm.transport import TensorSpec
     from ldt_schedules.planning.channels import lane
 
     link = connect(
         host="127.0.0.1", port=port, listen=rank == size - 1, global_rank=rank, total_processes=size, timeout_s=30
     )
-    transport = TorchTransport(link, lambda pipeline_rank: pipeline_rank)
+    transport = ProcessTransport(link)
     peers = {"up": (rank + 1) % size, "down": (rank - 1) % size}
     spec = TensorSpec((1000,), torch.float32)
     receiving = {
-        name: transport.post_recv(spec, peer=peer, lane=lane(peer, rank), tag=0 if name == "down" else 1)
+        name: transport.post_recv(
+            transport.buffer(spec, lane(peer, rank)),
+            peer,
+            lane=lane(peer, rank),
+            tag=0 if name == "down" else 1,
+            what=f"rank {peer}",
+        )
         for name, peer in peers.items()
     }
     sending = [
         transport.post_send(
-            torch.full((1000,), float(rank)), peer=peer, lane=lane(rank, peer), tag=0 if name == "up" else 1
+            torch.full((1000,), float(rank)),
+            peer,
+            lane=lane(rank, peer),
+            tag=0 if name == "up" else 1,
+            what=f"rank {peer}",
         )
         for name, peer in peers.items()
     ]
-    got = {name: float(handle.wait().mean()) for name, handle in receiving.items()}
+    got = {}
+    for name, handle in receiving.items():
+        handle.wait()
+        got[name] = float(handle.buffer.mean())
     for handle in sending:
         handle.wait()
     assert all(handle.is_complete() for handle in sending)
@@ -48,7 +61,6 @@ def exchange(rank: int, size: int, port: int) -> dict[str, object]:
         "total": total,
         "groups": len(groups),
         "heard": heard,
-        "bytes": (transport.traffic.sent_bytes, transport.traffic.received_bytes),
         "initialized": torch.distributed.is_initialized(),
     }
 
@@ -62,7 +74,6 @@ def test_both_directions_at_once(workers, size):
         assert seen["total"] == sum(range(size))
         assert seen["groups"] == 4, "each lane has a group of its own"
         assert seen["heard"] == {"rank": (rank + 1) % size}
-        assert seen["bytes"] == (8000, 8000)
         assert not seen["initialized"], "the link made a torch.distributed world"
 
 
@@ -88,7 +99,7 @@ def no_message(rank: int, port: int) -> str:
     import torch
 
     from ldt_schedules.comm.link import connect
-    from ldt_schedules.comm.torch_transport import TorchTransport
+    from ldt_schedules.comm.torch_transport import ProcessTransport
     from ldt_schedules.comm.transport import TensorSpec
     from ldt_schedules.errors import LdtError
     from ldt_schedules.planning.channels import Lane
@@ -97,8 +108,9 @@ def no_message(rank: int, port: int) -> str:
     if rank == 1:
         time.sleep(4)
         return ""
-    transport = TorchTransport(link, lambda pipeline_rank: pipeline_rank)
-    handle = transport.post_recv(TensorSpec((4,), torch.float32), peer=1, lane=Lane.PING, tag=0)
+    transport = ProcessTransport(link)
+    buffer = transport.buffer(TensorSpec((4,), torch.float32), Lane.PING)
+    handle = transport.post_recv(buffer, 1, lane=Lane.PING, tag=0, what="pipeline rank 1")
     try:
         handle.wait()
     except LdtError as error:

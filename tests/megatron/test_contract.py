@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ldt_schedules.topology import SiteSize
 from tests.helpers.workers import WorkerFailure, site_ports
 from tests.parity.case import SEQUENCE, Case, batches, open_rank
 from tests.parity.compare import EXACT, REORDERED, assert_parity, relative_error, run_split, run_whole
 
 U3 = (1, 2, 1, 1)
+TWO = SiteSize(data=2)
 
 
 def check(workers, cases, tolerance=EXACT):
@@ -83,7 +85,8 @@ def test_overlapped_gradient_reduction(workers, tied, planner, functions):
         (1, 2, 1),
         3,
         planner,
-        data=2,
+        edge=TWO,
+        cloud=TWO,
         tied=tied,
         steps=3,
         evaluate=True,
@@ -100,7 +103,9 @@ def test_distributed_optimizer(workers, param_sync):
     if param_sync is not None:
         ddp["overlap_param_gather"] = True
         options = (("param_sync_func", param_sync),)
-    case = Case((1, 2, 1), 3, data=2, optimizer="adam", steps=3, ddp=tuple(ddp.items()), split_only=options)
+    case = Case(
+        (1, 2, 1), 3, edge=TWO, cloud=TWO, optimizer="adam", steps=3, ddp=tuple(ddp.items()), split_only=options
+    )
     (mine,), (reference,) = run_split(workers, [case]), run_whole(workers, [replace(case, ddp=())])
     for step in range(case.steps):
         np.testing.assert_allclose(mine[step].grad_norms, reference[step].grad_norms[0], rtol=1e-6)

@@ -14,22 +14,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldt_schedules.topology import Place, Topology
+from ldt_schedules.topology import Place, Site, SiteSize, Topology
 from ldt_schedules.training.config import TrainConfig
 
 VOCABULARY = 64
-SEQUENCE = 16
+SEQUENCE = 12
+ONE = SiteSize()
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained. `layers[s]` are the layers of stage s."""
+    """What is trained. `layers[s]` are the layers of stage s; `num_microbatches` those of one edge replica."""
 
     layers: tuple[int, ...]
     num_microbatches: int
     planner: str = "ldt_1f1b"
-    tensor: int = 1
-    data: int = 1
+    edge: SiteSize = ONE
+    cloud: SiteSize = ONE
+    lead: bool = False
     steps: int = 2
     optimizer: str = "sgd"
     clip: float = 0.0
@@ -61,15 +63,19 @@ class Case:
         return replace(
             self,
             layers=(sum(self.layers),),
-            tensor=1,
-            data=1,
-            num_microbatches=self.num_microbatches * self.data,
+            edge=ONE,
+            cloud=ONE,
+            lead=False,
+            num_microbatches=self.num_microbatches * self.edge.data,
             planner="ldt_1f1b",
             split_only=(),
         )
 
     def config(self) -> TrainConfig:
-        site = {"tensor_parallel": self.tensor, "data_parallel": self.data}
+        edge, cloud = (
+            {"tensor_parallel": s.tensor, "data_parallel": s.data, "sequence_parallel": s.sequence_parallel}
+            for s in (self.edge, self.cloud)
+        )
         return TrainConfig.model_validate(
             {
                 "model": {
@@ -83,12 +89,12 @@ class Case:
                     **dict(self.model),
                 },
                 "layers": list(self.layers),
-                "sites": {"edge": site, "cloud": {**site, "pipeline_ranks": self.num_ranks - 1}},
+                "sites": {"edge": edge, "cloud": {**cloud, "pipeline_ranks": self.num_ranks - 1}},
                 "schedule": {"planner": self.planner},
                 "train": {
                     "iterations": 100,
                     "warmup_iterations": 0,
-                    "global_batch_size": 2 * self.num_microbatches * self.data,
+                    "global_batch_size": 2 * self.num_microbatches * self.edge.data,
                     "micro_batch_size": 2,
                     "optimizer": self.optimizer,
                     "clip_grad": self.clip,
@@ -147,13 +153,14 @@ def open_rank(case: Case, global_rank: int, ports: dict[str, int]) -> tuple[Plac
     world.open_site(topology, place, here, timeout_s=60, seed=1)
     if case.num_ranks == 1:
         return place, None
-    layout = Layout.u(case.num_ranks)
+    layout = Layout.u(case.num_ranks, topology.domains)
     run = world.join_link(
         topology,
         place,
         world.Address(host="127.0.0.1", port=ports["link"]),
         lambda num_microbatches, forward_only: plan(case.planner, layout, num_microbatches, forward_only=forward_only),
         timeout_s=60,
+        lead=case.lead,
     )
     return place, run
 
@@ -220,13 +227,13 @@ def run_schedule(case: Case, place: Place, trained: Any, step: int, forward_only
     """One call of whatever `get_forward_backward_func` gives; the loss reports of this process."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from ldt_schedules.topology import Site
     from ldt_schedules.training.forward_step import forward_step
 
-    count = case.num_microbatches
+    # As a training loop on either site counts: global batch over its own replicas.
+    count = case.num_microbatches // (1 if place.site is Site.EDGE else case.topology.domains)
     reads = place.site is Site.EDGE and place.tensor_rank == 0
     # Replica d of D takes microbatches d, d + D, ...
-    mine = range(place.data_rank, count * case.data, case.data)
+    mine = range(place.data_rank, count * case.edge.data, case.edge.data)
     reports = get_forward_backward_func()(
         forward_step_func=case.forward_step or forward_step,
         data_iterator=batches(step, mine) if reads else None,
@@ -254,4 +261,8 @@ def _gradients(model: torch.nn.Module) -> tuple[dict[str, np.ndarray], dict[str,
 def _weights(model: torch.nn.Module) -> dict[str, np.ndarray]:
     from ldt_schedules.megatron.chunks import global_parameters
 
-    return {name: p.detach().float().clone().numpy() for name, p in global_parameters(model)}
+    # numpy has no bfloat16.
+    return {
+        name: p.detach().to(torch.promote_types(p.dtype, torch.float32)).clone().numpy()
+        for name, p in global_parameters(model)
+    }

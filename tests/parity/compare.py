@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ldt_schedules.topology import Site
 from tests.helpers.workers import Workers, site_ports
 from tests.parity.case import Case, StepResult, train_rank
 
@@ -55,13 +56,17 @@ def _joined(case: Case, ranks: list[StepResult]) -> Step:
     places = case.topology.places()
     gradients: dict[str, np.ndarray] = {}
     weights: dict[str, np.ndarray] = {}
-    for data in range(case.data):
-        replica = [(place, rank) for place, rank in zip(places, ranks, strict=True) if place.data_rank == data]
-        for kind, whole in (("gradients", gradients), ("weights", weights)):
-            for name, tensor in _gathered(case, [(p.tensor_rank, getattr(r, kind), r.partition) for p, r in replica]):
-                if name in whole:
-                    np.testing.assert_array_equal(tensor, whole[name], f"replicas differ in {kind} of {name}")
-                whole[name] = tensor
+    for site in Site:
+        for data in range(case.topology.size(site).data):
+            replica = [r for p, r in zip(places, ranks, strict=True) if p.site is site and p.data_rank == data]
+            tensor_ranks = [p.tensor_rank for p in places if p.site is site and p.data_rank == data]
+            for kind, whole in (("gradients", gradients), ("weights", weights)):
+                slices = [(t, getattr(r, kind), r.partition) for t, r in zip(tensor_ranks, replica, strict=True)]
+                for name, tensor in _gathered(case.topology.size(site).tensor, slices):
+                    if data == 0:
+                        assert name not in whole, f"both sites hold {name}"
+                        whole[name] = tensor
+                    np.testing.assert_array_equal(tensor, whole[name], f"{site} replicas differ in {kind} of {name}")
     edges = [
         rank for place, rank in zip(places, ranks, strict=True) if place.pipeline_rank == 0 and not place.tensor_rank
     ]
@@ -84,20 +89,20 @@ def _interleaved(replicas: list[list[np.ndarray]]) -> np.ndarray:
     return np.array([report for step in zip(*replicas, strict=True) for report in step])
 
 
-def _gathered(case: Case, ranks: list[tuple[int, dict[str, np.ndarray], dict[str, tuple[int, int]]]]):  # type: ignore[no-untyped-def]
+def _gathered(size: int, ranks: list[tuple[int, dict[str, np.ndarray], dict[str, tuple[int, int]]]]):  # type: ignore[no-untyped-def]
     names = {name for _, tensors, _ in ranks for name in tensors}
     for name in sorted(names):
         slices = {tensor_rank: tensors[name] for tensor_rank, tensors, _ in ranks if name in tensors}
         partition = next(p for _, tensors, p in ranks if name in tensors)
-        assert sorted(slices) == list(range(case.tensor)), f"{name} is held by tensor ranks {sorted(slices)}"
+        assert sorted(slices) == list(range(size)), f"{name} is held by tensor ranks {sorted(slices)}"
         if name not in partition:
             yield name, slices[0]
             continue
         dim, stride = partition[name]
-        parts = [np.split(slices[rank], stride, axis=dim) for rank in range(case.tensor)]
+        parts = [np.split(slices[rank], stride, axis=dim) for rank in range(size)]
         yield (
             name,
-            np.concatenate([parts[rank][block] for block in range(stride) for rank in range(case.tensor)], axis=dim),
+            np.concatenate([parts[rank][block] for block in range(stride) for rank in range(size)], axis=dim),
         )
 
 
@@ -126,4 +131,32 @@ def assert_parity(
             assert error <= allowed, f"{where}: {kind} of {name} differ by {error:.2e}, allowed {allowed:.0e}"
     np.testing.assert_allclose(split.grad_norms, whole.grad_norms[0], rtol=1e-6, err_msg=where)
     np.testing.assert_allclose(split.inf_norms, whole.inf_norms[0], rtol=max(tolerance, 1e-6), err_msg=where)
+    assert split.stepped == [True] * len(split.stepped)
+
+
+def norm_error(mine: np.ndarray, reference: np.ndarray) -> float:
+    """Norm of the difference over the norm of the reference."""
+    assert mine.shape == reference.shape
+    difference = float(np.linalg.norm(mine.astype(np.float64) - reference.astype(np.float64)))
+    return (
+        difference if difference == 0 else difference / max(float(np.linalg.norm(reference.astype(np.float64))), 1e-30)
+    )
+
+
+def assert_close(case: Case, split: Step, whole: Step, gradients: float, step: int) -> None:
+    """Losses, norms, every parameter's gradient and every updated weight; `gradients` is the tolerance of the former.
+
+    Weights move by less than they are, so their own tolerance is a fifth of it.
+    """
+    where = f"{case}, step {step}"
+    assert set(split.weights) == set(whole.weights) and split.weights
+    assert len(split.reports) == len(whole.reports)
+    assert relative_error(split.reports, whole.reports) <= gradients, where
+    for kind, allowed in (("gradients", gradients), ("weights", gradients / 5)):
+        errors = {name: norm_error(getattr(split, kind)[name], r) for name, r in getattr(whole, kind).items()}
+        name = max(errors, key=lambda one: errors[one])
+        assert errors[name] <= allowed, f"{where}: {kind} of {name} differ by {errors[name]:.2e}, allowed {allowed:.0e}"
+    for norms, reference in ((split.grad_norms, whole.grad_norms), (split.inf_norms, whole.inf_norms)):
+        # Megatron works its norms out in float32 whatever the gradients are.
+        np.testing.assert_allclose(norms, reference[0], rtol=max(gradients, 1e-6), err_msg=where)
     assert split.stepped == [True] * len(split.stepped)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from ldt_schedules.topology import SiteSize
 from tests.parity.case import Case
 from tests.parity.compare import EXACT, REORDERED, assert_parity, run_split, run_whole
 
@@ -73,7 +74,8 @@ def test_clipped_steps(workers, optimizer):
 @pytest.mark.parametrize(("tensor", "data"), [(2, 1), (1, 2)])
 @pytest.mark.parametrize("tied", [False, True])
 def test_equal_tensor_and_data_parallelism_on_both_sites(workers, tensor, data, tied):
-    base = Case(SPLITS[2], 4, tensor=tensor, data=data, tied=tied, optimizer="sgd", evaluate=True)
+    size = SiteSize(tensor, data=data)
+    base = Case(SPLITS[2], 4, edge=size, cloud=size, tied=tied, optimizer="sgd", evaluate=True)
     check(workers, [base, replace(base, per_token=True, planner="gpipe")], tolerance=REORDERED)
 
 

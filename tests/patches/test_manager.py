@@ -12,7 +12,11 @@ from patches.manager import Patch, PatchError, PatchManager
 def upstream(monkeypatch):
     """Two modules: one defines `answer` and a class, the other imported `answer` by another name."""
     owner, user = types.ModuleType("fake_upstream"), types.ModuleType("fake_user")
-    exec("def answer(question):\n    return 41\nclass Thing:\n    def method(self):\n        return 1", owner.__dict__)
+    exec(
+        "def answer(question):\n    return 41\nclass Thing:\n    def method(self):\n        return 1\n"
+        "    @staticmethod\n    def static(question):\n        return 41",
+        owner.__dict__,
+    )
     user.renamed = owner.answer
     replacements = types.ModuleType("fake_replacements")
     exec(
@@ -63,6 +67,17 @@ def test_methods_of_classes(upstream):
     assert owner.Thing().method() == 10
     manager.revert()
     assert owner.Thing.method is before
+
+
+def test_static_methods_of_classes(upstream):
+    """Called on an object they get no `self`, patched or taken back."""
+    owner, _ = upstream
+    before = vars(owner.Thing)["static"]
+    manager = PatchManager()
+    manager.apply([declare("fake_upstream:Thing.static")])
+    assert owner.Thing().static(0) == owner.Thing.static(0) == 42
+    manager.revert()
+    assert vars(owner.Thing)["static"] is before and owner.Thing().static(0) == 41
 
 
 def test_a_missing_target_is_refused_and_not_created(upstream):
