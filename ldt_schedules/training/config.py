@@ -20,6 +20,7 @@ from pydantic import Field, SkipValidation, ValidationError, model_validator
 from ldt_schedules.errors import ConfigError
 from ldt_schedules.planning.errors import ScheduleError
 from ldt_schedules.planning.layers import parse_layers, read_layers
+from ldt_schedules.planning.layout import Layout
 from ldt_schedules.topology import Site, SiteSize, Topology, nearest_multiples
 from ldt_schedules.training.config_file import apply_overrides, explain, keys_of, read_yaml
 from ldt_schedules.training.sections import (
@@ -103,6 +104,11 @@ class TrainConfig(Section):
         )
         return Topology(self.num_pipeline_ranks, edge=edge, cloud=cloud)
 
+    @cached_property
+    def layout(self) -> Layout:
+        """The U, with a cloud pipeline for each domain; not for an edge that is alone."""
+        return Layout.u(self.num_pipeline_ranks, self.topology.domains)
+
     def site_processes(self, site: Site) -> int:
         """Processes of one site; 0 for the cloud of an edge that is alone."""
         return self.topology.world_size(site)
@@ -166,9 +172,7 @@ class TrainConfig(Section):
         train = self.train
         name, site = self._sites_in_use()[-1]  # the cloud's replicas are a multiple of the edge's
         per_step = train.micro_batch_size * site.data_parallel
-        factors = (
-            f"train.micro_batch_size {train.micro_batch_size} x sites.{name}.data_parallel {site.data_parallel} ="
-        )
+        factors = f"train.micro_batch_size {train.micro_batch_size} x sites.{name}.data_parallel {site.data_parallel} ="
         yield from _must_divide("train.global_batch_size", train.global_batch_size, factors, per_step)
         if train.min_lr > train.lr:
             yield f"train.min_lr {train.min_lr:g} is above train.lr {train.lr:g}; lower it or raise train.lr"

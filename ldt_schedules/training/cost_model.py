@@ -28,6 +28,7 @@ from ldt_schedules.planning.costs import Costs, Link
 from ldt_schedules.planning.errors import ScheduleError
 from ldt_schedules.planning.layout import EDGE_RANK, Layout
 from ldt_schedules.planning.problem import Problem
+from ldt_schedules.topology import Site
 from ldt_schedules.training.config import TrainConfig
 from ldt_schedules.training.describe import ELEMENT_BYTES, padded_vocab_size, stage_parameters
 from ldt_schedules.training.shapes import FP32_BYTES, Shapes
@@ -98,10 +99,10 @@ def problem_of(config: TrainConfig, vocab_size: int | None = None) -> Problem:
         if config.model.megatron.get(name) not in (None, False, 1):
             raise ConfigError(f"model.megatron.{name} changes what a layer costs in a way that the cost model lacks")
     vocab = _padded_vocab(config, vocab_size)
-    layout = Layout.u(config.num_pipeline_ranks)
+    layout = config.layout
     work = stage_work(config, vocab)
     speeds = [_speed(config, stage.ranks[0]) for stage in layout.stages]
-    message = Shapes.of(config).stream
+    message = Shapes.of(config, Site.EDGE).message
     costs = Costs(
         forward=tuple(w.forward / speed for w, speed in zip(work, speeds, strict=True)),
         backward=tuple((w.input_grad + w.weight_grad) / speed for w, speed in zip(work, speeds, strict=True)),
@@ -126,7 +127,7 @@ def problem_of(config: TrainConfig, vocab_size: int | None = None) -> Problem:
 
 def stage_work(config: TrainConfig, vocab_size: int) -> tuple[StageWork, ...]:
     """Of each stage, head first. `vocab_size` is the padded one."""
-    shapes, model = Shapes.of(config), config.model
+    shapes, model = Shapes.of(config, Site.EDGE), config.model
     tokens, hidden = shapes.tokens, model.hidden_size
     widths = (hidden + 2 * shapes.kv_width) + hidden + model.ffn_hidden_size * (3 if shapes.gated else 2)
     linear = 2.0 * tokens * hidden * widths
@@ -144,9 +145,9 @@ def stage_work(config: TrainConfig, vocab_size: int) -> tuple[StageWork, ...]:
 
 def activation_bytes(config: TrainConfig, vocab_size: int) -> tuple[float, ...]:
     """What one microbatch keeps in each stage from F to B, on one tensor-parallel process. Padded `vocab_size`."""
-    shapes = Shapes.of(config)
     kept, last = [], len(config.layer_split) - 1
     for stage, layers in enumerate(config.layer_split):
+        shapes = Shapes.of(config, Site.EDGE if stage in (0, last) else Site.CLOUD)
         held = layers * shapes.layer(config.train.recompute)
         reader = "layer" if layers else "norm" if stage == last else None  # what keeps the stage's input, if anything
         if stage == 0:
@@ -161,18 +162,13 @@ def activation_bytes(config: TrainConfig, vocab_size: int) -> tuple[float, ...]:
 
 def static_bytes(config: TrainConfig, rank: int, vocab_size: int) -> float:
     """Weights, gradients and optimizer states of one process of a pipeline rank. Padded `vocab_size`."""
-    element = ELEMENT_BYTES[config.model.precision]
+    element, size = ELEMENT_BYTES[config.model.precision], config.topology.size(_site(rank))
     wide = max(element, FP32_BYTES)
-    # Weights; gradients, summed in fp32; the fp32 copy of 16-bit weights; Adam's two moments (SGD runs without any).
-    each = (
-        element
-        + wide
-        + (FP32_BYTES if element < FP32_BYTES else 0)
-        + (2 * wide if config.train.optimizer == "adam" else 0)
-    )
+    # The fp32 copy of 16-bit weights; Adam's two moments (SGD runs without any). Replicas may share them.
+    states = (FP32_BYTES if element < FP32_BYTES else 0) + (2 * wide if config.train.optimizer == "adam" else 0)
+    each = element + wide + states / (size.data if config.train.distributed_optimizer else 1)
     counts = stage_parameters(config, vocab_size)
-    mine = sum(counts[stage] for stage in Layout.u(config.num_pipeline_ranks).stages_on(rank))
-    return mine * each / config.sites.edge.tensor_parallel
+    return sum(counts[stage] for stage in config.layout.stages_on(rank)) * each / size.tensor
 
 
 def describe_costs(problem: Problem, config: TrainConfig) -> list[CostRow]:
@@ -199,6 +195,10 @@ def describe_costs(problem: Problem, config: TrainConfig) -> list[CostRow]:
     return rows
 
 
+def _site(rank: int) -> Site:
+    return Site.EDGE if rank == EDGE_RANK else Site.CLOUD
+
+
 def _padded_vocab(config: TrainConfig, vocab_size: int | None) -> int:
     if vocab_size is None:
         is_bytes = config.data.tokenizer == "bytes"
@@ -208,33 +208,34 @@ def _padded_vocab(config: TrainConfig, vocab_size: int | None) -> int:
 
 def _speed(config: TrainConfig, rank: int) -> float:
     """Operations a second of all tensor-parallel processes of a pipeline rank."""
-    hardware = config.hardware
-    tflops = hardware.edge_tflops if rank == EDGE_RANK else hardware.cloud_tflops
-    return tflops * 1e12 * config.sites.edge.tensor_parallel
+    hardware, site = config.hardware, _site(rank)
+    tflops = hardware.edge_tflops if site is Site.EDGE else hardware.cloud_tflops
+    return tflops * 1e12 * config.topology.size(site).tensor
 
 
 def _bandwidth(config: TrainConfig) -> float | None:
-    """Bytes a second for one process: every slice of the batch and of the tensors sends its own message at once."""
+    """Bytes a second for one edge replica: all of them use the link at once. Its domains' messages go one by one."""
     gbps = config.hardware.link_bandwidth_gbps
-    return None if gbps is None else gbps * 1e9 / 8 / config.sites.edge.processes_per_rank
+    return None if gbps is None else gbps * 1e9 / 8 / config.topology.edge.data
 
 
 def _shared_wires(config: TrainConfig) -> Iterator[tuple[int, int, Link]]:
-    """The edge's neighbours, rank 1 and rank P - 1, are reached over one link: what goes up shares one wire."""
+    """The edge's neighbours, the first and last rank of each domain, are reached over one link: what goes up shares one
+    wire, and so does what comes down."""
     latency = config.hardware.link_latency_ms / 1e3
-    for cloud in sorted({1, config.num_pipeline_ranks - 1}):
+    for cloud in sorted({rank for stage in (1, -2) for rank in config.layout.stages[stage].ranks}):
         yield EDGE_RANK, cloud, Link(latency, _bandwidth(config), "up")
         yield cloud, EDGE_RANK, Link(latency, _bandwidth(config), "down")
 
 
 def _cap(config: TrainConfig, layout: Layout, rank: int, vocab_size: int) -> float | None:
     """Bytes for activations on one process of a rank; None: no limit."""
-    site = "edge" if rank == EDGE_RANK else "cloud"
+    site = _site(rank)
     gib = getattr(config.hardware, f"{site}_memory_gib")
     if gib is None:
         return None
     static = static_bytes(config, rank, vocab_size)
-    workspace = Shapes.of(config).workspace(config.train.recompute, vocab_size if rank == EDGE_RANK else 0)
+    workspace = Shapes.of(config, site).workspace(config.train.recompute, vocab_size if site is Site.EDGE else 0)
     if static + workspace >= gib * GIB:
         raise ConfigError(
             f"pipeline rank {rank} does not fit: hardware.{site}_memory_gib is {gib:g}, but weights, gradients and "

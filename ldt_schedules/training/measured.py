@@ -5,8 +5,8 @@
     measured_problem(dir, config)     a Problem with the measured durations
     write_step_traces(dir)      ──►   dir/trace/step3.json …                         for `ldt draw`
 
-Steps 1 and 2 are warm-up. Of each pipeline rank its first process (tensor, context and data rank 0) writes. A rank times
-its computations from the beginning of its own step, by a clock that only runs forward; the beginning itself is read from
+Steps 1 and 2 are warm-up. Of each pipeline rank its first process (tensor and context rank 0, of the first edge
+replica) writes. A rank times its computations from the beginning of its own step, by a clock that only runs forward; the beginning itself is read from
 the machine's clock. So durations do not depend on clocks that agree; how ranks of two sites lie relative to each other
 is as exact as their clocks are synchronised (NTP), and should be read only where that is well below the link's latency.
 """
@@ -47,7 +47,7 @@ def trace_writer(config: TrainConfig, place: Place) -> TraceWriter | None:
     Raises:
         ConfigError: the directory cannot be written.
     """
-    first = place.tensor_rank == place.context_rank == place.data_rank == 0
+    first = place.tensor_rank == place.context_rank == config.topology.edge_replica(place) == 0
     return TraceWriter(config, place.pipeline_rank) if first and config.train.traced_iterations else None
 
 
@@ -63,7 +63,8 @@ class TraceWriter:
         self._content: dict[str, Any] = {
             "format": _FORMAT,
             "rank": rank,
-            "num_ranks": config.num_pipeline_ranks,
+            "num_ranks": config.layout.num_ranks,
+            "num_domains": config.topology.domains,
             "num_microbatches": config.num_microbatches,
             "config": _shaping(config),
             "steps": [],
@@ -152,7 +153,7 @@ def write_step_traces(run_dir: str | Path, config: TrainConfig | None = None) ->
     try:
         for iteration, timeline in _timelines(ranks).items():
             path = Path(run_dir) / TRACE_DIR / f"step{iteration}.json"
-            trace = Trace(Layout.u(len(ranks)), ranks[0].num_microbatches, timeline)
+            trace = Trace(ranks[0].layout, ranks[0].num_microbatches, timeline)
             path.write_text(dumps(trace), encoding="utf-8")
             written.append(path)
     except OSError as error:
@@ -173,9 +174,14 @@ class _RankTrace:
     """A rank's file: step number -> what it did."""
 
     num_ranks: int
+    num_domains: int
     num_microbatches: int
     config: dict[str, Any]
     steps: dict[int, _Step]
+
+    @property
+    def layout(self) -> Layout:
+        return Layout.u(1 + (self.num_ranks - 1) // self.num_domains, self.num_domains)
 
 
 def _timelines(ranks: list[_RankTrace]) -> dict[int, Timeline]:
@@ -239,7 +245,8 @@ def _read_rank(path: Path) -> _RankTrace:
         }
         if not steps:
             raise ValueError("it has no step")
-        return _RankTrace(int(content["num_ranks"]), int(content["num_microbatches"]), content["config"], steps)
+        numbers = (int(content[key]) for key in ("num_ranks", "num_domains", "num_microbatches"))
+        return _RankTrace(*numbers, content["config"], steps)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, ScheduleError) as error:

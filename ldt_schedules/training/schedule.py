@@ -26,7 +26,7 @@ def table_source(config: TrainConfig) -> TableSource:
     Raises:
         ConfigError: the table file cannot be read, is not valid, or is for another run than this one.
     """
-    layout = Layout.u(config.num_pipeline_ranks, config.topology.domains)
+    layout = config.layout
     planner = config.schedule.planner
     problem = _costed(config) if planner in PLAN_FOR_COSTS else None
     if problem is not None:

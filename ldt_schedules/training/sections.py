@@ -64,10 +64,6 @@ class EdgeSection(Section):
     data_parallel: int = Field(1, ge=1, description="replicas of the model; the cloud's a multiple of the edge's")
     sequence_parallel: bool = Field(False, description="tensor-parallel processes share norms and dropout, too")
 
-    @property
-    def processes_per_rank(self) -> int:
-        return self.tensor_parallel * self.data_parallel
-
 
 class CloudSection(EdgeSection):
     """The site that holds the middle layers: pipeline ranks 1, 2, ..."""

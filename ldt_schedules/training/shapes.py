@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ldt_schedules.topology import Site
 from ldt_schedules.training.config import TrainConfig
 from ldt_schedules.training.describe import ELEMENT_BYTES
 
@@ -22,7 +23,7 @@ _MASK = 1  # bytes of an element of a dropout or causal mask
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """Bytes of one microbatch on one tensor-parallel process.
+    """Bytes of one microbatch on one tensor-parallel process of one site.
 
     Attributes:
         tokens: s b.
@@ -38,11 +39,16 @@ class Shapes:
     sequence: int
 
     @classmethod
-    def of(cls, config: TrainConfig) -> Shapes:
-        element, tensor = ELEMENT_BYTES[config.model.precision], config.sites.edge.tensor_parallel
-        sequence = tensor if config.model.megatron.get("sequence_parallel") else 1
+    def of(cls, config: TrainConfig, site: Site) -> Shapes:
+        element, size = ELEMENT_BYTES[config.model.precision], config.topology.size(site)
+        sequence = size.tensor if size.sequence_parallel else 1
         tokens = config.model.seq_length * config.train.micro_batch_size
-        return cls(config, tokens, element, max(element, FP32_BYTES), tensor, sequence)
+        return cls(config, tokens, element, max(element, FP32_BYTES), size.tensor, sequence)
+
+    @property
+    def message(self) -> float:
+        """What crosses the link: one copy of the residual stream, whoever carries it."""
+        return self.stream * self.sequence
 
     @property
     def gated(self) -> bool:
@@ -56,7 +62,7 @@ class Shapes:
 
     @property
     def stream(self) -> float:
-        """The residual stream, s b h elements: what goes from layer to layer, and as a message from stage to stage."""
+        """The residual stream, s b h elements, as one process holds it: what goes from layer to layer."""
         return self.tokens * self.config.model.hidden_size * self.element / self.sequence
 
     @property
@@ -113,8 +119,8 @@ class Shapes:
         return self.tokens * self.config.model.ffn_hidden_size * (5 if self.gated else 2) * self.element / self.tensor
 
     def logits(self, vocab_size: int) -> float:
-        """The cross entropy's exponentials, always fp32."""
-        return self.tokens * vocab_size * FP32_BYTES / self.tensor
+        """The cross entropy's exponentials, fp32 or wider."""
+        return self.tokens * vocab_size * self.compute / self.tensor
 
     def workspace(self, recompute: str, vocab_size: int) -> float:
         """What is needed once, whatever is in flight: a recomputed layer, the buffer of scores, 16-bit logits."""

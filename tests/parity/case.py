@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -46,9 +47,11 @@ class Case:
     everywhere: tuple[tuple[str, Any], ...] = ()
     split_only: tuple[tuple[str, Any], ...] = ()
     inf_at: tuple[int, int] | None = None
+    mistake: Callable[[Any, Any], AbstractContextManager[None]] | None = None
     forward_step: Callable[..., Any] | None = None
-    """`everywhere` and `split_only` are set on the TransformerConfig once the model is built, as a training loop does;
-    a function is called with the `Trained` object for the value. `inf_at` plants an inf: (step, pipeline rank)."""
+    """`mistake(trained, session)` puts one in while inside. `everywhere` and `split_only` are set on the
+    TransformerConfig once the model is built, as a training loop does; a function is called with the `Trained` object
+    for the value. `inf_at` plants an inf: (step, pipeline rank)."""
 
     @property
     def num_ranks(self) -> int:
@@ -69,6 +72,7 @@ class Case:
             num_microbatches=self.num_microbatches * self.edge.data,
             planner="ldt_1f1b",
             split_only=(),
+            mistake=None,
         )
 
     def config(self) -> TrainConfig:
@@ -179,13 +183,15 @@ def run_case(case: Case, place: Place) -> list[StepResult]:
     """Build, then train `case.steps` steps and say what each left."""
     from megatron.core.distributed import DistributedDataParallelConfig
 
+    from ldt_schedules.megatron import session
     from ldt_schedules.training.model import build
 
     ddp = DistributedDataParallelConfig(**{"grad_reduce_in_fp32": case.precision != "fp64", **dict(case.ddp)})
     trained = build(case.config(), case.topology, place, VOCABULARY, ddp)
     for name, value in case.everywhere + case.split_only:
         setattr(trained.config, name, value(trained) if callable(value) else value)
-    return [_one_step(case, place, trained, step) for step in range(case.steps)]
+    with nullcontext() if case.mistake is None else case.mistake(trained, session.current()):
+        return [_one_step(case, place, trained, step) for step in range(case.steps)]
 
 
 def _one_step(case: Case, place: Place, trained: Any, step: int) -> StepResult:

@@ -34,13 +34,20 @@ class Step:
 
 def run_split(workers: Workers, cases: list[Case]) -> list[list[Step]]:
     """Run cases of one layout in one world, each rank a process; results by case and step."""
+    return [joined(case, ranks) for case, ranks in zip(cases, run_ranks(workers, cases), strict=True)]
+
+
+def run_ranks(workers: Workers, cases: list[Case]) -> list[list[list[StepResult]]]:
+    """The same before ranks are put together: by case, step and rank."""
     ports = site_ports()
     places = cases[0].topology.places()
     results = workers.run(train_rank, [(cases, place.global_rank, ports) for place in places], timeout_s=110)
-    return [
-        [_joined(case, [rank[index][step] for rank in results]) for step in range(case.steps)]
-        for index, case in enumerate(cases)
-    ]
+    return [[[rank[index][step] for rank in results] for step in range(case.steps)] for index, case in enumerate(cases)]
+
+
+def joined(case: Case, ranks: list[list[StepResult]]) -> list[Step]:
+    """Each step of one case, its ranks put together. Raises AssertionError when replicas differ."""
+    return [_joined(case, step) for step in ranks]
 
 
 def run_whole(workers: Workers, cases: list[Case]) -> list[list[Step]]:
