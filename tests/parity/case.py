@@ -6,6 +6,7 @@ one pipeline rank is a plain Megatron run of the whole model through Megatron's 
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ldt_schedules.device import current_device
 from ldt_schedules.topology import Place, Site, SiteSize, Topology
 from ldt_schedules.training.config import TrainConfig
 
@@ -33,6 +35,7 @@ class Case:
     edge: SiteSize = ONE
     cloud: SiteSize = ONE
     lead: bool = False
+    device: str = "cpu"
     steps: int = 2
     optimizer: str = "sgd"
     clip: float = 0.0
@@ -134,22 +137,27 @@ def batches(step: int, microbatches: range) -> Iterator[dict[str, torch.Tensor]]
         tokens = torch.randint(0, VOCABULARY, (2, SEQUENCE + 1), generator=generator)
         mask = (torch.rand((2, SEQUENCE), generator=generator) < 0.3 + 0.1 * (microbatch % 5)).float()
         mask[0, 0] = 1.0
-        yield {
+        batch = {
             "tokens": tokens[:, :-1].contiguous(),
             "labels": tokens[:, 1:].contiguous(),
             "loss_mask": mask,
             "position_ids": torch.arange(SEQUENCE).expand(2, -1).contiguous(),
         }
+        yield {name: tensor.to(current_device()) for name, tensor in batch.items()}
 
 
 def open_rank(case: Case, global_rank: int, ports: dict[str, int]) -> tuple[Place, Any]:
     """Join the world of this rank's site, and the link when there is one."""
     import patches
+    from ldt_schedules import device
     from ldt_schedules.megatron import world
     from ldt_schedules.planning.layout import Layout
     from ldt_schedules.planning.planners import plan
 
     warnings.simplefilter("ignore")
+    os.environ["LDT_DEVICE"] = case.device
+    device.device_type.cache_clear()
+    device.select_device(global_rank)
     patches.apply_all()
     topology = case.topology
     place = topology.place_of_global_rank(global_rank)
@@ -250,7 +258,7 @@ def run_schedule(case: Case, place: Place, trained: Any, step: int, forward_only
         decoder_seq_length=SEQUENCE,
         forward_only=forward_only,
     )
-    return [report["lm loss"].numpy() for report in reports]
+    return [report["lm loss"].cpu().numpy() for report in reports]
 
 
 def _gradients(model: torch.nn.Module) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, int]]]:
@@ -258,7 +266,7 @@ def _gradients(model: torch.nn.Module) -> tuple[dict[str, np.ndarray], dict[str,
 
     gradients, partition = {}, {}
     for name, parameter in global_parameters(model):
-        gradients[name] = parameter.main_grad.detach().clone().numpy()
+        gradients[name] = parameter.main_grad.detach().clone().cpu().numpy()
         if getattr(parameter, "tensor_model_parallel", False):
             partition[name] = (parameter.partition_dim, parameter.partition_stride)
     return gradients, partition
@@ -269,6 +277,6 @@ def _weights(model: torch.nn.Module) -> dict[str, np.ndarray]:
 
     # numpy has no bfloat16.
     return {
-        name: p.detach().to(torch.promote_types(p.dtype, torch.float32)).clone().numpy()
+        name: p.detach().to(torch.promote_types(p.dtype, torch.float32)).clone().cpu().numpy()
         for name, p in global_parameters(model)
     }
