@@ -117,7 +117,8 @@ class Case:
 
 @dataclass
 class StepResult:
-    """Of one process: loss reports (edge), full gradients and weights by global name (this rank's slices)."""
+    """Of one process: loss reports (edge), full gradients and weights by global name (this rank's slices), and bytes
+    sent and received over the link by the training step (edge)."""
 
     reports: list[np.ndarray]
     gradients: dict[str, np.ndarray]
@@ -127,6 +128,7 @@ class StepResult:
     inf_norm: float
     stepped: bool
     loss_scale: float
+    crossed: tuple[int, int]
     evaluation: list[np.ndarray] = field(default_factory=list)
 
 
@@ -205,9 +207,13 @@ def run_case(case: Case, place: Place) -> list[StepResult]:
 def _one_step(case: Case, place: Place, trained: Any, step: int) -> StepResult:
     from megatron.core.optimizer import clip_grads
 
+    from ldt_schedules.megatron import session
+
     trained.model.zero_grad_buffer()
     trained.optimizer.zero_grad()
     reports = run_schedule(case, place, trained, step, forward_only=False)
+    run = session.current()
+    crossed = run.transport.traffic.take() if run is not None and place.site is Site.EDGE else (0, 0)
     gradients, partition = _gradients(trained.model)
     params = [p for p in trained.model.parameters() if p.requires_grad]
     inf_norm = clip_grads.get_grad_norm_fp32([p.main_grad for p in params], float("inf"))
@@ -233,6 +239,7 @@ def _one_step(case: Case, place: Place, trained: Any, step: int) -> StepResult:
         inf_norm=inf_norm,
         stepped=bool(stepped),
         loss_scale=float(trained.optimizer.get_loss_scale()),
+        crossed=crossed,
         evaluation=evaluation,
     )
 

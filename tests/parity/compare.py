@@ -8,7 +8,7 @@ import numpy as np
 
 from ldt_schedules.topology import Site
 from tests.helpers.workers import Workers, site_ports
-from tests.parity.case import Case, StepResult, train_rank
+from tests.parity.case import SEQUENCE, Case, StepResult, train_rank
 
 EXACT = 0.0
 """Tolerance where the arithmetic and its order are the same."""
@@ -30,6 +30,7 @@ class Step:
     inf_norms: list[float]
     stepped: list[bool]
     loss_scales: list[float]
+    crossed: tuple[int, int]
 
 
 def run_split(workers: Workers, cases: list[Case]) -> list[list[Step]]:
@@ -88,6 +89,7 @@ def _joined(case: Case, ranks: list[StepResult]) -> Step:
         inf_norms=[rank.inf_norm for rank in ranks],
         stepped=[rank.stepped for rank in ranks],
         loss_scales=[rank.loss_scale for rank in ranks],
+        crossed=(sum(rank.crossed[0] for rank in ranks), sum(rank.crossed[1] for rank in ranks)),
     )
 
 
@@ -158,6 +160,11 @@ def assert_close(case: Case, split: Step, whole: Step, gradients: float, step: i
     where = f"{case}, step {step}"
     assert set(split.weights) == set(whole.weights) and split.weights
     assert len(split.reports) == len(whole.reports)
+    # Each way an activation and a gradient for each microbatch, once.
+    copies = 2 * case.num_microbatches * case.edge.data
+    model = case.config().model
+    one_copy = 2 * SEQUENCE * model.hidden_size * (8 if case.precision == "fp64" else 4)
+    assert split.crossed == (copies * one_copy, copies * one_copy), f"{where}: {split.crossed} bytes crossed the link"
     assert relative_error(split.reports, whole.reports) <= gradients, where
     for kind, allowed in (("gradients", gradients), ("weights", gradients / 5)):
         errors = {name: norm_error(getattr(split, kind)[name], r) for name, r in getattr(whole, kind).items()}

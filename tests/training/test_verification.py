@@ -362,7 +362,6 @@ TINY = [
     "train.micro_batch_size=2",
     "data.validation_fraction=0.2",
     "link.timeout_s=60",
-    "link.address=127.0.0.1:0",
 ]
 
 
@@ -374,14 +373,19 @@ def be_process(argv, environment):
     app(argv, standalone_mode=False)
 
 
-@pytest.fixture
-def gate_for(workers, tmp_path, monkeypatch):
-    """A gate whose processes are forked; called with the overrides that matter."""
+def forked(workers):
+    """Stands in for `launcher.run_all`: the same processes, but forked with Megatron loaded."""
 
     def run_all(children, log_dir):
         workers.run(be_process, [(list(map(str, child.argv[3:])), dict(child.environment)) for child in children])
 
-    monkeypatch.setattr(gate_module, "run_all", run_all)
+    return run_all
+
+
+@pytest.fixture
+def gate_for(workers, tmp_path, monkeypatch):
+    """A gate on the small model, with these overrides."""
+    monkeypatch.setattr(gate_module, "run_all", forked(workers))
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("".join(f"line {n}: {n * n} is the square of {n}\n" for n in range(1000)))
 
@@ -395,18 +399,25 @@ def gate_for(workers, tmp_path, monkeypatch):
     return make
 
 
-def test_sites_of_different_sizes_with_the_distributed_optimizer(gate_for):
-    """Gradients are put together from the replicas' shards; what is planted is caught and called what it is."""
-    gate = gate_for("train.distributed_optimizer=true", "model.precision=bf16")
+def check_clean_and_planted(gate, name):
+    """The clean run's report; the planted error must be caught and called what it is."""
     clean = gate.compare()
     assert clean.passed, clean.findings
     assert clean.figures()["replicas_identical"]
-    for name in ("missing-domain-average", "swapped-shard"):
-        report = gate.compare(name)
-        assert judge(PLANTED[name], gate.config, report).passed, report.findings
+    report = gate.compare(name)
+    assert judge(PLANTED[name], gate.config, report).passed, report.findings
+    return clean
 
 
-def test_float64_tells_rounding_from_mistakes(gate_for):
-    report = gate_for("model.precision=fp64", "sites.cloud.data_parallel=1").compare()
-    assert report.passed, report.findings
-    assert 0 < report.figures()["max_rel_grad_error"] < 1e-13
+def test_two_domains_with_the_distributed_optimizer(gate_for):
+    """Each replica has only its shard of the gradients reduced: they must have been put together."""
+    gate = gate_for("sites.cloud.tensor_parallel=1", "train.distributed_optimizer=true", "model.precision=bf16")
+    clean = check_clean_and_planted(gate, "missing-domain-average")
+    assert len(clean.steps[1].gradients) == len(clean.steps[1].weights) > 20
+
+
+def test_shards_in_float64(gate_for):
+    """Rounding shrinks with the precision, so what is left would be a mistake."""
+    gate = gate_for("sites.cloud.data_parallel=1", "model.precision=fp64")
+    clean = check_clean_and_planted(gate, "swapped-shard")
+    assert 0 < clean.figures()["max_rel_grad_error"] < 1e-13
