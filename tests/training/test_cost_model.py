@@ -9,6 +9,7 @@ import pytest
 from ldt_schedules.errors import ConfigError
 from ldt_schedules.planning import plan, simulate
 from ldt_schedules.planning.costs import Link
+from ldt_schedules.planning.layout import Layout
 from ldt_schedules.topology import Site
 from ldt_schedules.training.config import TrainConfig
 from ldt_schedules.training.cost_model import (
@@ -236,6 +237,27 @@ def test_processes_share_work_and_link() -> None:
     parallel = problem_of(config_of(hardware=hardware, sites={"edge": two, "cloud": {**two, "pipeline_ranks": 1}}))
     assert parallel.costs.forward_size == alone.forward_size
     assert parallel.costs.held(1) == pytest.approx(alone.held(1) / 2, rel=0.02)
+
+
+def test_sites_of_different_sizes() -> None:
+    """Each stage by its own site's processes; domains are pipelines of their own that share the edge's one wire."""
+    hardware = {"link_bandwidth_gbps": 1, "edge_tflops": 10, "cloud_tflops": 10}
+    alone = problem_of(config_of(hardware=hardware))
+    sites = {"edge": {"data_parallel": 2}, "cloud": {"data_parallel": 4, "tensor_parallel": 2, "pipeline_ranks": 1}}
+    config = config_of(hardware=hardware, sites=sites)
+    problem = problem_of(config)
+    costs = problem.costs
+    assert problem.layout == Layout.u(2, 2) and problem.num_microbatches == 2
+    assert costs.forward[0] == alone.costs.forward[0] and costs.forward[1] == alone.costs.forward[1] / 2
+    assert costs.held(0) == alone.costs.held(0) and costs.held(1) < alone.costs.held(1)
+    assert costs.forward_size == alone.costs.forward_size
+    for rank in (1, 2):
+        assert costs.link(0, rank) == Link(0.01, 62.5e6, "up") and costs.link(rank, 0) == Link(0.01, 62.5e6, "down")
+    assert static_bytes(config, 0, 384) == static_bytes(config_of(), 0, 384)
+    assert static_bytes(config, 1, 384) == static_bytes(config, 2, 384) == static_bytes(config_of(), 1, 384) / 2
+    shared = config_of(sites=sites, train={"distributed_optimizer": True})
+    parameters = static_bytes(config, 1, 384) / 16  # weights and gradients 4 bytes each, Adam's moments 8
+    assert static_bytes(shared, 1, 384) == parameters * (4 + 4 + 8 / 4)
 
 
 def test_the_vocabulary() -> None:

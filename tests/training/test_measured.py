@@ -157,3 +157,7 @@ def test_nothing_is_written_unless_asked(tmp_path: Path) -> None:
     config = load_config(QUICKSTART, [*OVERRIDES, *shared, f"train.output_dir={tmp_path}"])
     writers = [trace_writer(config, place) is not None for place in config.topology.places()]
     assert writers == [True, False, True, False, True, False]
+    domains = [f"sites.edge={json.dumps({'data_parallel': 2})}", "sites.cloud.data_parallel=4"]
+    config = load_config(QUICKSTART, [*OVERRIDES, *domains, f"train.output_dir={tmp_path}"])
+    written = [place.pipeline_rank for place in config.topology.places() if trace_writer(config, place) is not None]
+    assert sorted(written) == list(range(config.layout.num_ranks)) == [0, 1, 2, 3, 4]
