@@ -73,12 +73,13 @@ def manual_seed(original: Function) -> Function:
 
 
 def factory(original: Function) -> Function:
-    """`torch.zeros(..., device="cuda")` and its sisters make their tensor on the CPU."""
+    """`torch.zeros(..., device="cuda")` and its sisters make their tensor on the CPU, in ordinary memory."""
 
     @functools.wraps(original)
     def make(*args: Any, **kwargs: Any) -> Any:
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = _CPU
+        kwargs.pop("pin_memory", None)
         return original(*args, **kwargs)
 
     return make

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import broadcast_data
+from megatron.core.utils import get_batch_on_this_cp_rank
 
 _INTEGERS = ("tokens", "labels", "position_ids")
 _FLOATS = ("loss_mask",)
@@ -46,10 +47,13 @@ def loss_of_tokens(
 
 
 def _batch_on_this_rank(data_iterator: Iterator[dict[str, torch.Tensor]] | None) -> dict[str, torch.Tensor]:
-    """The tensor-parallel group's first rank reads, the others get its batch."""
+    """The tensor-parallel group's first rank reads, the others get its batch; of that each context-parallel rank takes
+    its part of the sequence."""
     data = None if data_iterator is None else next(data_iterator)
     if parallel_state.get_tensor_model_parallel_world_size() == 1:
         assert data is not None
-        return data
-    integers = broadcast_data(list(_INTEGERS), data, torch.int64)
-    return {**integers, **broadcast_data(list(_FLOATS), data, torch.float32)}
+        batch = dict(data)
+    else:
+        integers = broadcast_data(list(_INTEGERS), data, torch.int64)
+        batch = {**integers, **broadcast_data(list(_FLOATS), data, torch.float32)}
+    return get_batch_on_this_cp_rank(batch)  # type: ignore[no-any-return]

@@ -6,9 +6,10 @@
     write_step_traces(dir)      ──►   dir/trace/step3.json …                         for `ldt draw`
 
 Steps 1 and 2 are warm-up. Of each pipeline rank its first process (tensor and context rank 0, of the first edge
-replica) writes. A rank times its computations from the beginning of its own step, by a clock that only runs forward; the beginning itself is read from
-the machine's clock. So durations do not depend on clocks that agree; how ranks of two sites lie relative to each other
-is as exact as their clocks are synchronised (NTP), and should be read only where that is well below the link's latency.
+replica) writes. A rank times its computations from the beginning of its own step, by a clock that only runs forward;
+the beginning itself is read from the machine's clock. So durations do not depend on clocks that agree; how ranks of
+two sites lie relative to each other is as exact as their clocks are synchronised (NTP), and should be read only where
+that is well below the link's latency.
 """
 
 from __future__ import annotations

@@ -72,6 +72,7 @@ def transformer_config(config: TrainConfig, topology: Topology, site: Site) -> T
         attention_dropout=model.dropout,
         hidden_dropout=model.dropout,
         tensor_model_parallel_size=size.tensor,
+        context_parallel_size=size.context,
         sequence_parallel=size.sequence_parallel,
         pipeline_model_parallel_size=topology.pipeline_size(site),
         params_dtype=dtype,

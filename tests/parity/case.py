@@ -62,7 +62,8 @@ class Case:
 
     @property
     def topology(self) -> Topology:
-        return self.config().topology
+        """The config's, and context parallelism, which the trainer's config does not offer."""
+        return Topology(self.num_ranks, self.edge, self.cloud)
 
     def whole(self) -> Case:
         """The same in one process."""
@@ -155,12 +156,15 @@ def open_rank(case: Case, global_rank: int, ports: dict[str, int]) -> tuple[Plac
     from ldt_schedules.megatron import world
     from ldt_schedules.planning.layout import Layout
     from ldt_schedules.planning.planners import plan
+    from tests.parity import gathered_attention
 
     warnings.simplefilter("ignore")
     os.environ["LDT_DEVICE"] = case.device
     device.device_type.cache_clear()
     device.select_device(global_rank)
     patches.apply_all()
+    if case.edge.context > 1:
+        gathered_attention.use()
     topology = case.topology
     place = topology.place_of_global_rank(global_rank)
     here = world.Address(host="127.0.0.1", port=ports[str(place.site)])

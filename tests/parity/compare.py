@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,13 +66,15 @@ def _joined(case: Case, ranks: list[StepResult]) -> Step:
     gradients: dict[str, np.ndarray] = {}
     weights: dict[str, np.ndarray] = {}
     for site in Site:
-        for data in range(case.topology.size(site).data):
-            replica = [r for p, r in zip(places, ranks, strict=True) if p.site is site and p.data_rank == data]
-            tensor_ranks = [p.tensor_rank for p in places if p.site is site and p.data_rank == data]
+        size = case.topology.size(site)
+        for copy in itertools.product(range(size.data), range(size.context)):
+            held = [p.site is site and (p.data_rank, p.context_rank) == copy for p in places]
+            replica = list(itertools.compress(ranks, held))
+            tensor_ranks = [place.tensor_rank for place in itertools.compress(places, held)]
             for kind, whole in (("gradients", gradients), ("weights", weights)):
                 slices = [(t, getattr(r, kind), r.partition) for t, r in zip(tensor_ranks, replica, strict=True)]
-                for name, tensor in _gathered(case.topology.size(site).tensor, slices):
-                    if data == 0:
+                for name, tensor in _gathered(size.tensor, slices):
+                    if copy == (0, 0):
                         assert name not in whole, f"both sites hold {name}"
                         whole[name] = tensor
                     np.testing.assert_array_equal(tensor, whole[name], f"{site} replicas differ in {kind} of {name}")
@@ -81,8 +84,8 @@ def _joined(case: Case, ranks: list[StepResult]) -> Step:
     for place, rank in zip(places, ranks, strict=True):
         assert place.pipeline_rank == 0 or not rank.reports, "a cloud process reported a loss"
     return Step(
-        reports=_interleaved([rank.reports for rank in edges]),
-        evaluation=_interleaved([rank.evaluation for rank in edges]),
+        reports=_interleaved(case, [rank.reports for rank in edges]),
+        evaluation=_interleaved(case, [rank.evaluation for rank in edges]),
         gradients=gradients,
         weights=weights,
         grad_norms=[rank.grad_norm for rank in ranks],  # type: ignore[misc]
@@ -93,8 +96,16 @@ def _joined(case: Case, ranks: list[StepResult]) -> Step:
     )
 
 
-def _interleaved(replicas: list[list[np.ndarray]]) -> np.ndarray:
-    """Replica d of D holds microbatches d, d + D, …: back into the order of microbatches."""
+def _interleaved(case: Case, processes: list[list[np.ndarray]]) -> np.ndarray:
+    """Replica d of D holds microbatches d, d + D, …: back into the order of microbatches.
+
+    Of each the context-parallel processes hold the sums over their parts of the sequence.
+    """
+    size = case.topology.edge.context
+    replicas = [
+        [np.sum(parts, axis=0) for parts in zip(*processes[first : first + size], strict=True)]
+        for first in range(0, len(processes), size)
+    ]
     return np.array([report for step in zip(*replicas, strict=True) for report in step])
 
 

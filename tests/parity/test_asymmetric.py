@@ -73,6 +73,19 @@ def test_data_parallel_sizes(workers, ranks, edge, cloud, num_microbatches):
     check(workers, usual(SiteSize(data=edge), SiteSize(data=cloud), ranks, num_microbatches))
 
 
+@pytest.mark.parametrize(
+    ("edge", "cloud"),
+    [
+        (SiteSize(1, context=2), SiteSize(2, context=2, sequence_parallel=True)),
+        (SiteSize(2, context=2), SiteSize(1, context=2, data=2)),
+    ],
+)
+def test_context_parallelism(workers, edge, cloud):
+    """Each context-parallel process has its part of the sequence on both sites; without per-token loss the mean of
+    their means is taken, which is Megatron's, too, so only the other is compared."""
+    check(workers, usual(edge, cloud, num_microbatches=2 * cloud.data)[1:])
+
+
 @pytest.mark.parametrize("planner", ["gpipe", "ldt_1f1b", "auto"])
 def test_planners_with_domains(workers, planner):
     check(workers, usual(SiteSize(), SiteSize(data=2), 3, 6, planner=planner)[:1])
