@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from ldt_schedules.errors import ConfigError
+from ldt_schedules.planning.planners import PLAN_FOR_COSTS
 from ldt_schedules.topology import Site
 
 if TYPE_CHECKING:
@@ -71,8 +72,12 @@ def _launch(path: Path, config: TrainConfig, overrides: list[str], json_output: 
 
 
 def _check_table(config: TrainConfig) -> None:
-    """Read a table file once before several processes do. A planner's table needs no check, and no torch here."""
-    if config.schedule.table is not None and config.num_pipeline_ranks > 1:
+    """Read a table file, and try a planner that may refuse (costs, memory, split backwards), before processes start.
+
+    The other planners need no check, and no torch here.
+    """
+    may_refuse = config.schedule.table is not None or config.schedule.planner in PLAN_FOR_COSTS
+    if may_refuse and config.num_pipeline_ranks > 1:
         from ldt_schedules.training.schedule import table_source
 
         table_source(config)

@@ -88,3 +88,10 @@ def test_exit_code_of_the_failed_child(monkeypatch: pytest.MonkeyPatch) -> None:
     result = ldt_train()
     assert result.exit_code == 2
     assert "cloud rank 1 failed" in result.output
+
+
+def test_a_planner_that_refuses_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, here, and not by every process on its own."""
+    monkeypatch.setattr("ldt_schedules.training.local_run.run_all", lambda *arguments: pytest.fail("started"))
+    assert "auto_zb" in error_of("schedule.planner=auto_zb")
+    assert "schedule.memory" in error_of("schedule.planner=auto", "schedule.memory=1KiB")
