@@ -77,30 +77,30 @@ class PatchManager:
         if problems:
             raise PatchError("these patches do not fit what is installed:\n  " + "\n  ".join(problems))
         factories = [_load(patch.factory) for patch in wanted]
-        for patch, factory in zip(wanted, factories, strict=True):
-            self.applied[patch.target] = self._apply(patch, factory)
-
-    def _apply(self, patch: Patch, factory: Callable[[Any], Any]) -> _Applied:
-        owner, name, original = _resolve(patch.target)
-        replacement = factory(original)
-        if not hasattr(replacement, "__wrapped__") and inspect.isfunction(replacement) and callable(original):
-            functools.update_wrapper(replacement, original)
-        was = vars(owner).get(name)
-        done = _Applied(patch, owner, name, original, replacement, was)
-        setattr(owner, name, staticmethod(replacement) if isinstance(was, staticmethod) else replacement)
-        _rebind(original, replacement)
-        return done
+        applied = [_apply(patch, factory) for patch, factory in zip(wanted, factories, strict=True)]
+        self.applied.update((one.patch.target, one) for one in applied)
+        _rebind([(one.original, one.replacement) for one in applied])
 
     def revert(self, patches: Iterable[Patch] | None = None) -> None:
         """Take back `patches` (default: all), the latest first."""
         targets = set(self.applied) if patches is None else {patch.target for patch in patches}
-        for target in [target for target in reversed(list(self.applied)) if target in targets]:
-            done = self.applied.pop(target)
-            if done.was is not None:
-                setattr(done.owner, done.name, done.was)
+        reverted = [self.applied.pop(target) for target in reversed(list(self.applied)) if target in targets]
+        for one in reverted:
+            if one.was is not None:
+                setattr(one.owner, one.name, one.was)
             else:
-                delattr(done.owner, done.name)
-            _rebind(done.replacement, done.original)
+                delattr(one.owner, one.name)
+        _rebind([(one.replacement, one.original) for one in reverted])
+
+
+def _apply(patch: Patch, factory: Callable[[Any], Any]) -> _Applied:
+    owner, name, original = _resolve(patch.target)
+    replacement = factory(original)
+    if not hasattr(replacement, "__wrapped__") and inspect.isfunction(replacement) and callable(original):
+        functools.update_wrapper(replacement, original)
+    was = vars(owner).get(name)
+    setattr(owner, name, staticmethod(replacement) if isinstance(was, staticmethod) else replacement)
+    return _Applied(patch, owner, name, original, replacement, was)
 
 
 def _misfit(patch: Patch) -> str | None:
@@ -137,17 +137,19 @@ def _load(path: str) -> Callable[[Any], Any]:
     return getattr(importlib.import_module(module_name), name)  # type: ignore[no-any-return]
 
 
-def _rebind(old: Any, new: Any) -> None:
-    """Replace `old` wherever a loaded module holds it under any name (`from m import f as g`)."""
-    if not callable(old) or inspect.isbuiltin(old):
-        return
+def _rebind(pairs: list[tuple[Any, Any]]) -> None:
+    """Replace the first of each pair wherever a loaded module holds it under any name (`from m import f as g`).
+
+    In one pass: a process of a training run has several thousand modules.
+    """
+    new = {id(old): replacement for old, replacement in pairs if callable(old) and not inspect.isbuiltin(old)}
     for module in list(sys.modules.values()):
         names = getattr(module, "__dict__", None)
-        if not isinstance(names, dict) or module is None:
+        if not isinstance(names, dict):
             continue
         for name, value in list(names.items()):
-            if value is old:
-                names[name] = new
+            if id(value) in new:
+                names[name] = new[id(value)]
 
 
 _MANAGER = PatchManager()

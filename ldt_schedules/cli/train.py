@@ -43,6 +43,7 @@ def train(
     from ldt_schedules.training.config import load_config
 
     loaded = load_config(config, overrides or [])
+    _check_clipping(loaded)
     if dry_run:
         _show(loaded, json_output)
     elif site is not None:
@@ -69,6 +70,14 @@ def _launch(path: Path, config: TrainConfig, overrides: list[str], json_output: 
     except (ChildFailed, Stopped) as error:
         typer.echo(f"ldt: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
+
+
+def _check_clipping(config: TrainConfig) -> None:
+    if config.model.precision == "fp64" and config.train.clip_grad:
+        raise ConfigError(
+            f"train.clip_grad is {config.train.clip_grad:g}, but megatron-core clips no float64 gradients "
+            "(model.precision fp64); set train.clip_grad=0"
+        )
 
 
 def _check_table(config: TrainConfig) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from ldt_schedules.errors import LdtError
@@ -32,24 +33,29 @@ def run_locally(config_path: str, config: TrainConfig, overrides: Sequence[str],
 
 
 def children(config_path: str, config: TrainConfig, overrides: Sequence[str], json_output: bool) -> Iterator[Child]:
-    """Each process of the run, the edge's first. Ports are chosen here."""
+    """Each process of a training run, the edge's first, which shows the run."""
+    first, *others = processes(config, ["train", config_path, *overrides])
+    yield replace(first, argv=[*first.argv, "--json"] if json_output else first.argv, owns_terminal=True)
+    yield from others
+
+
+def processes(config: TrainConfig, command: Sequence[str], environment: Mapping[str, str] | None = None) -> list[Child]:
+    """Each process of both sites, the edge's first. Ports are chosen here.
+
+    Args:
+        command: `ldt` is called with it, and with the link's address and `--site` besides.
+        environment: for every process, besides its place.
+    """
     sites = [site for site in Site if config.site_processes(site)]
     link_port, *site_ports = free_ports(1 + len(sites))
-    extra = list(overrides)
-    if config.link.port == 0:
-        extra.append(f"link.address={config.link.host}:{link_port}")
-    local_rank = 0
+    link = [f"link.address={config.link.host}:{link_port}"] if config.link.port == 0 else []
+    started: list[Child] = []
     for site, port in zip(sites, site_ports, strict=True):
-        argv = [sys.executable, "-m", "ldt_schedules", "train", config_path, *extra, "--site", str(site)]
+        argv = [sys.executable, "-m", "ldt_schedules", *command, *link, "--site", str(site)]
         for rank in range(config.site_processes(site)):
-            first = site is Site.EDGE and rank == 0
-            yield Child(
-                name=f"{site} rank {rank}",
-                argv=[*argv, "--json"] if json_output and first else argv,
-                environment=_environment(config, site, rank, local_rank, port),
-                owns_terminal=first,
-            )
-            local_rank += 1
+            place = _environment(config, site, rank, len(started), port)
+            started.append(Child(f"{site} rank {rank}", argv, {**(environment or {}), **place}))
+    return started
 
 
 def _environment(config: TrainConfig, site: Site, rank: int, local_rank: int, port: int) -> dict[str, str]:

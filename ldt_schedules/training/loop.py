@@ -39,15 +39,70 @@ from ldt_schedules.training.screens import TrainingScreen, first_screen, summary
 _NO_EMBEDDING = 128  # rows of an embedding that the cloud does not have
 
 
-def run_site(config: TrainConfig, site: str, json_output: bool) -> None:
-    """Be one process of `site` from start to end. RANK, MASTER_ADDR and MASTER_PORT are the site's own.
+@dataclass(frozen=True)
+class Process:
+    """One process of a run: its site's world is open, the sites agree, its part of the model is built.
+
+    Attributes:
+        dataset: at the edge; None in the cloud.
+        vocab_size: the tokenizer's, before padding; in the cloud, which has no embedding, of no meaning.
+    """
+
+    config: TrainConfig
+    place: Place
+    trained: Trained
+    dataset: TokenDataset | None
+    vocab_size: int
+
+    def microbatches(self, split: Split) -> Iterator[Any] | None:
+        """Microbatches of this replica; None where they come by broadcast or are not wanted."""
+        if self.dataset is None or self.place.tensor_rank != 0:
+            return None
+        source = batches(self.dataset, self.config, split=split, data_rank=self.place.data_rank)
+        where = device.current_device()
+        return ({name: tensor.to(where) for name, tensor in batch.items()} for batch in source)
+
+    def zero_gradients(self) -> None:
+        """Before the forward-backward of a training step."""
+        self.trained.model.zero_grad_buffer()
+        self.trained.optimizer.zero_grad()
+
+    def forward_backward(self, source: Iterator[Any] | None, forward_only: bool) -> list[LossReport]:
+        """All microbatches of a step; gradients are reduced and final. Reports of each microbatch, at the edge."""
+        train = self.config.train
+        replicas = self.config.topology.size(self.place.site).data
+        return schedules.get_forward_backward_func()(  # type: ignore[no-any-return]
+            forward_step_func=forward_step,
+            data_iterator=source,
+            model=[self.trained.model],
+            # As Megatron counts on either site: the global batch over the site's own replicas.
+            num_microbatches=train.global_batch_size // (train.micro_batch_size * replicas),
+            seq_length=self.config.model.seq_length,
+            micro_batch_size=train.micro_batch_size,
+            decoder_seq_length=self.config.model.seq_length,
+            forward_only=forward_only,
+        )
+
+    def update(self) -> tuple[bool, float | None]:
+        """The optimizer's step, and the learning rate's: was it done, and the gradient's norm before clipping."""
+        stepped, grad_norm, _ = self.trained.optimizer.step()
+        if stepped:
+            self.trained.scheduler.step(increment=1)
+        return bool(stepped), grad_norm
+
+
+def open_process(config: TrainConfig, site: Site, vocab_slices: int | None = None) -> Process:
+    """Join the site's world and the link, agree with the other site, build. RANK, MASTER_ADDR, MASTER_PORT are the site's.
+
+    Args:
+        vocab_slices: the vocabulary is padded so that it divides by this; default: the edge's tensor-parallel size.
 
     Raises:
         ConfigError: a user's mistake, found before anything expensive.
         LdtError: the other site failed or fell silent.
     """
     topology = config.topology
-    place = topology.place(Site(site), int(os.environ["RANK"]))
+    place = topology.place(site, int(os.environ["RANK"]))
     torch.set_num_threads(config.train.threads)
     device.select_device(int(os.environ.get("LOCAL_RANK", "0")))
     tables = table_source(config) if config.num_pipeline_ranks > 1 else None
@@ -57,25 +112,36 @@ def run_site(config: TrainConfig, site: str, json_output: bool) -> None:
     world.open_site(topology, place, here, config.link.timeout_s, config.train.seed)
     if tables is not None:
         link = world.Address(host=config.link.host, port=config.link.port)
-        run = world.join_link(topology, place, link, tables, config.link.timeout_s, config.link.backend)
+        lead = config.link.boundary == "lead"
+        run = world.join_link(topology, place, link, tables, config.link.timeout_s, config.link.backend, lead)
         agree(config, run)
     vocab_size = _NO_EMBEDDING if dataset is None else dataset.corpus.vocab_size
-    trained = build(config, topology, place, padded_vocab_size(vocab_size, topology.size(place.site).tensor))
-    loop = _Loop(config, place, trained, dataset, trace_writer(config, place))
-    if place.site is Site.EDGE and place.site_rank == 0:
-        _run_and_show(loop, vocab_size, json_output)
+    padded = padded_vocab_size(vocab_size, vocab_slices or topology.size(Site.EDGE).tensor)
+    return Process(config, place, build(config, topology, place, padded), dataset, vocab_size)
+
+
+def run_site(config: TrainConfig, site: str, json_output: bool) -> None:
+    """Be one process of `site` from start to end.
+
+    Raises:
+        ConfigError, LdtError: see `open_process`.
+    """
+    process = open_process(config, Site(site))
+    loop = _Loop(process, trace_writer(config, process.place))
+    if process.place.site is Site.EDGE and process.place.site_rank == 0:
+        _run_and_show(loop, json_output)
     else:
         for _ in loop.steps():
             pass
     world.close_site()
 
 
-def _run_and_show(loop: _Loop, vocab_size: int, json_output: bool) -> None:
+def _run_and_show(loop: _Loop, json_output: bool) -> None:
     """The edge's first process: screen, metrics, summary."""
-    config, dataset = loop.config, loop.dataset
+    config, dataset = loop.process.config, loop.process.dataset
     assert dataset is not None
     console = Console(stderr=json_output)
-    console.print(first_screen(describe_run(config, vocab_size)))
+    console.print(first_screen(describe_run(config, loop.process.vocab_size)))
     start = time.perf_counter()
     with (
         MetricsWriter(config.train.output_dir) as metrics,
@@ -109,10 +175,7 @@ def _run_and_show(loop: _Loop, vocab_size: int, json_output: bool) -> None:
 class _Loop:
     """Steps of one process; the edge's first process reads what they report."""
 
-    config: TrainConfig
-    place: Place
-    trained: Trained
-    dataset: TokenDataset | None
+    process: Process
     trace: TraceWriter | None
     losses: list[float] = field(default_factory=list)
     validation_loss: float | None = None
@@ -121,23 +184,20 @@ class _Loop:
 
     def steps(self) -> Iterator[StepReport | EvalReport]:
         """Train; yields a report after each step and each evaluation (in the cloud they say nothing)."""
-        train = self.config.train
-        source = self._batches("train")
+        train = self.process.config.train
+        source = self.process.microbatches("train")
         for iteration in range(1, train.iterations + 1):
             yield self._step(iteration, source)
             if train.eval_interval and iteration % train.eval_interval == 0:
                 yield self._evaluate(iteration)
 
     def _step(self, iteration: int, source: Iterator[Any] | None) -> StepReport:
-        trained, train = self.trained, self.config.train
+        config = self.process.config
         start = time.perf_counter()
-        trained.model.zero_grad_buffer()
-        trained.optimizer.zero_grad()
-        reports = self._forward_backward(source, forward_only=False)
-        lr = trained.optimizer.param_groups[0]["lr"]
-        stepped, grad_norm, _ = trained.optimizer.step()
-        if stepped:
-            trained.scheduler.step(increment=1)
+        self.process.zero_gradients()
+        reports = self.process.forward_backward(source, forward_only=False)
+        lr = self.process.trained.optimizer.param_groups[0]["lr"]
+        stepped, grad_norm = self.process.update()
         loss, up, down = self._reduced(reports)
         step_s = time.perf_counter() - start
         self.losses.append(loss)
@@ -149,7 +209,7 @@ class _Loop:
             loss=loss,
             grad_norm=grad_norm,
             lr=lr,
-            tokens_per_s=train.global_batch_size * self.config.model.seq_length / step_s,
+            tokens_per_s=config.train.global_batch_size * config.model.seq_length / step_s,
             bytes_up=up,
             bytes_down=down,
             bubble=None if run is None else 1 - run.last_step.busy_s() / run.last_step.step_s,
@@ -158,49 +218,29 @@ class _Loop:
         )
 
     def _evaluate(self, iteration: int) -> EvalReport:
-        train = self.config.train
-        source = self._batches("validation")
-        self.trained.model.eval()
+        train, model = self.process.config.train, self.process.trained.model
+        source = self.process.microbatches("validation")
+        model.eval()
         with torch.no_grad():
             losses = [
-                self._reduced(self._forward_backward(source, forward_only=True))[0]
+                self._reduced(self.process.forward_backward(source, forward_only=True))[0]
                 for _ in range(train.eval_iterations)
             ]
-        self.trained.model.train()
+        model.train()
         self.validation_loss = sum(losses) / len(losses)
         return EvalReport(iteration, self.validation_loss, train.eval_iterations * train.global_batch_size)
-
-    def _batches(self, split: Split) -> Iterator[Any] | None:
-        """Microbatches of this replica; None where they come by broadcast or are not wanted."""
-        if self.dataset is None or self.place.tensor_rank != 0:
-            return None
-        source = batches(self.dataset, self.config, split=split, data_rank=self.place.data_rank)
-        where = device.current_device()
-        return ({name: tensor.to(where) for name, tensor in batch.items()} for batch in source)
-
-    def _forward_backward(self, source: Iterator[Any] | None, forward_only: bool) -> list[LossReport]:
-        return schedules.get_forward_backward_func()(  # type: ignore[no-any-return]
-            forward_step_func=forward_step,
-            data_iterator=source,
-            model=[self.trained.model],
-            num_microbatches=self.config.num_microbatches,
-            seq_length=self.config.model.seq_length,
-            micro_batch_size=self.config.train.micro_batch_size,
-            decoder_seq_length=self.config.model.seq_length,
-            forward_only=forward_only,
-        )
 
     def _reduced(self, reports: list[LossReport]) -> tuple[float, int, int]:
         """Loss in nats a token, bytes up and bytes down of this step, over all processes of the edge."""
         total = torch.zeros(4, dtype=torch.float64)
-        if self.place.tensor_rank == 0:
+        if self.process.place.tensor_rank == 0:
             for report in reports:
                 loss_sum, tokens = report["lm loss"].cpu()
                 # Without per-token loss a step minimises the mean over microbatches of their means.
-                weight = 1.0 if self.config.train.calculate_per_token_loss else float(tokens)
+                weight = 1.0 if self.process.config.train.calculate_per_token_loss else float(tokens)
                 total[:2] += torch.stack([loss_sum / weight, tokens / weight])
         total[2:] = torch.tensor(self._traffic(), dtype=torch.float64)
-        if self.place.site is Site.EDGE and torch.distributed.get_world_size() > 1:
+        if self.process.place.site is Site.EDGE and torch.distributed.get_world_size() > 1:
             total = total.to(device.current_device())
             torch.distributed.all_reduce(total)
         loss_sum, count, up, down = total.tolist()

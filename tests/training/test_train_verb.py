@@ -95,3 +95,9 @@ def test_a_planner_that_refuses_starts_nothing(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("ldt_schedules.training.local_run.run_all", lambda *arguments: pytest.fail("started"))
     assert "auto_zb" in error_of("schedule.planner=auto_zb")
     assert "schedule.memory" in error_of("schedule.planner=auto", "schedule.memory=1KiB")
+
+
+def test_float64_is_not_clipped() -> None:
+    """megatron-core would stop at its first step, with an assertion."""
+    assert "set train.clip_grad=0" in error_of("model.precision=fp64")
+    assert ldt_train("--dry-run", "model.precision=fp64", "train.clip_grad=0").exit_code == 0  # type: ignore[attr-defined]

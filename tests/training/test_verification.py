@@ -85,6 +85,15 @@ def test_a_factor_is_found_under_rounding(factor):
     assert diagnose(mine, reference).one == f"is {factor:.3g} times the reference"
 
 
+@pytest.mark.parametrize(
+    ("factor", "told"), [(0.4985, "0.5"), (2.01, "2"), (0.335, "0.333"), (0.7, "0.7"), (1.4, "1.4")]
+)
+def test_a_factor_that_rounding_has_moved_is_told_as_what_it_was(factor, told):
+    """So that in 16 bits the parameters of a site are told together."""
+    reference = random(16, 16)
+    assert diagnose(np.float32(factor) * reference, reference).one == f"is {told} times the reference"
+
+
 def test_a_factor_near_one_is_told_with_all_digits():
     reference = random(16, 16).astype(np.float64)
     assert diagnose(1.0000125 * reference, reference).one == "is 1.0000125 times the reference"
