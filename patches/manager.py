@@ -105,7 +105,7 @@ def _apply(patch: Patch, factory: Callable[[Any], Any]) -> _Applied:
 
 def _misfit(patch: Patch) -> str | None:
     try:
-        version = importlib.metadata.version(patch.package)
+        version = _version(patch.package)
     except importlib.metadata.PackageNotFoundError:
         return f"{patch.target}: {patch.package} is not installed"
     if not SpecifierSet(patch.versions).contains(version.split("+")[0], prereleases=True):
@@ -120,6 +120,11 @@ def _misfit(patch: Patch) -> str | None:
             known = " or ".join(str(signature) for signature in patch.signatures)
             return f"{patch.target}: takes {found} in {patch.package} {version}, checked with {known}"
     return None
+
+
+@functools.lru_cache
+def _version(package: str) -> str:
+    return importlib.metadata.version(package)
 
 
 def _resolve(target: str) -> tuple[Any, str, Any]:

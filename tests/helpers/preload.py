@@ -7,6 +7,8 @@ with warnings.catch_warnings():
     import torch._dynamo  # noqa: F401 - the optimizers load it at their first step
     from megatron.core.transformer.moe import moe_utils
 
+    import ldt_schedules.megatron.world
+    import ldt_schedules.training.loop  # noqa: F401
     import patches  # noqa: F401
 
 # megatron-core 0.16.1 reads this name even where transformer-engine, which defines it, is not installed.

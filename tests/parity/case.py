@@ -222,8 +222,7 @@ def _one_step(case: Case, place: Place, trained: Any, step: int) -> StepResult:
     params = [p for p in trained.model.parameters() if p.requires_grad]
     inf_norm = clip_grads.get_grad_norm_fp32([p.main_grad for p in params], float("inf"))
     if dict(case.ddp).get("use_distributed_optimizer"):
-        # A replica's buffer holds the reduced gradients of its own shard only: what came of them is compared.
-        gradients, inf_norm = {}, 0.0
+        inf_norm = 0.0  # a replica's buffer holds the reduced gradients of its own shard only
     if case.inf_at == (step, place.pipeline_rank):
         params[-1].main_grad.view(-1)[3] = float("inf")
     stepped, grad_norm, _ = trained.optimizer.step()
@@ -274,10 +273,13 @@ def run_schedule(case: Case, place: Place, trained: Any, step: int, forward_only
 
 def _gradients(model: torch.nn.Module) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, int]]]:
     from ldt_schedules.megatron.chunks import global_parameters
+    from ldt_schedules.training.verification.recorder import reduced_gradients
 
     gradients, partition = {}, {}
-    for name, parameter in global_parameters(model):
-        gradients[name] = parameter.main_grad.detach().clone().cpu().numpy()
+    named = list(global_parameters(model))
+    reduced = dict(reduced_gradients(model, [parameter for _, parameter in named]))
+    for name, parameter in named:
+        gradients[name] = reduced[parameter].detach().clone().cpu().numpy()
         if getattr(parameter, "tensor_model_parallel", False):
             partition[name] = (parameter.partition_dim, parameter.partition_stride)
     return gradients, partition

@@ -82,7 +82,7 @@ class _Recorder:
         scale = float(self._trained.optimizer.get_loss_scale())
         names = {parameter: name for name, parameter in self._named}
         # Also where nothing is written: the replicas may have to put the gradients together.
-        found = _gradients(self._trained.model, [parameter for _, parameter in self._named])
+        found = reduced_gradients(self._trained.model, [parameter for _, parameter in self._named])
         return {
             name: _numpy(gradient / scale) for parameter, gradient in found if self._writes(name := names[parameter])
         }
@@ -119,8 +119,9 @@ class _Recorder:
         return self._place.tensor_rank == 0 or name in self._partition
 
 
-def _gradients(model: Any, parameters: list[Any]) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
-    """Each trained parameter with its reduced gradient."""
+def reduced_gradients(model: Any, parameters: list[Any]) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """Each trained parameter with its gradient as the optimizer sees it, before clipping. A collective of the replicas
+    where they share the optimizer's states."""
     if not model.ddp_config.use_distributed_optimizer:
         yield from ((parameter, parameter.main_grad) for parameter in parameters if parameter.requires_grad)
         return
