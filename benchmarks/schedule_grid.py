@@ -22,10 +22,9 @@ import time
 from ldt_schedules.planning import Costs, Layout, Problem, simulate
 from ldt_schedules.planning.bounds import lower_bounds
 from ldt_schedules.planning.budgets import COMPARED, within_budget
-from ldt_schedules.planning.memory import peak_memory
+from ldt_schedules.planning.memory import fits, peak_memory
 from ldt_schedules.planning.planners.auto import auto, auto_zb
 from ldt_schedules.planning.planners.published import published
-from ldt_schedules.planning.problem import MEMORY_SLACK
 
 RANKS = (2, 3, 4, 5, 8, 16)
 MICROBATCHES = (8, 16, 32, 64, 128)
@@ -58,8 +57,7 @@ def measure(cell: Cell, budget: str, split: bool) -> tuple[float, float, float]:
     order = (auto_zb if split else auto)(problem)
     seconds = time.perf_counter() - start
     timeline = simulate(problem.layout, order, problem.costs)
-    peaks = peak_memory(timeline, problem.costs)
-    assert all(peak <= problem.cap(rank) + MEMORY_SLACK for rank, peak in enumerate(peaks)), (cell, budget)
+    assert fits(peak_memory(timeline, problem.costs), problem), (cell, budget)
     theirs = simulate(problem.layout, published(problem), problem.costs).makespan
     return timeline.makespan / lower_bounds(problem, split).best, theirs / timeline.makespan, seconds
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -173,12 +172,12 @@ class _Source:
 
     def _bound(self, table: ScheduleTable) -> float:
         """For tables of this kind, fused or split, without limits of memory: the table may not keep to them."""
-        from ldt_schedules.planning import Kind
         from ldt_schedules.planning.bounds import lower_bounds
         from ldt_schedules.planning.problem import Problem
+        from ldt_schedules.planning.work_graph import split_of
 
-        split = any(action.kind is Kind.I for row in table.ranks for action in row)
-        return lower_bounds(Problem(table.layout, table.num_microbatches, self.costs), split).best
+        problem = Problem(table.layout, table.num_microbatches, self.costs)
+        return lower_bounds(problem, split_of(problem, table.ranks)).best
 
 
 def _places(layout: Layout) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -191,7 +190,7 @@ def _show(panels: Sequence[Panel], out: Path | None, json_output: bool, width: i
         _write(out, panels, width)
     if json_output:
         timeline = panels[0].trace.timeline
-        spans = [{**asdict(span), "action": str(span.action)} for span in timeline.spans]
+        spans = [{**span._asdict(), "action": str(span.action)} for span in timeline.spans]
         typer.echo(json.dumps({"makespan": timeline.makespan, "bubble": timeline.bubble, "spans": spans}))
     elif out is None:
         typer.echo(_text(panels, width or shutil.get_terminal_size((100, 24)).columns), nl=False)

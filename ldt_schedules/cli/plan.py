@@ -178,13 +178,7 @@ def _candidates(schedule: str | None, problem: Problem, quiet: bool) -> list[Eva
 
 def _chosen(candidates: list[Evaluation]) -> Evaluation:
     """The fastest that fits and whose backwards are in one piece (what every runtime executes), else the fastest."""
-    from ldt_schedules.planning.actions import Kind
-
-    def rank(candidate: Evaluation) -> tuple[bool, bool, float]:
-        split = any(action.kind is Kind.I for row in candidate.order for action in row)
-        return (not candidate.fits, split, candidate.makespan)
-
-    return min(candidates, key=rank)
+    return min(candidates, key=lambda one: (not one.fits, not one.is_fused, one.makespan))
 
 
 def _table(chosen: Evaluation, problem: Problem, forward_only: bool) -> ScheduleTable:
@@ -194,7 +188,7 @@ def _table(chosen: Evaluation, problem: Problem, forward_only: bool) -> Schedule
         over = [
             f"rank {rank} needs {peak:g} and may hold {problem.cap(rank):g}"
             for rank, peak in enumerate(chosen.peaks)
-            if peak > problem.cap(rank)
+            if not problem.allows(rank, peak)
         ]
         raise ConfigError(
             f"the {chosen.name} order does not fit into the memory budget: {', '.join(over)}; give more memory "

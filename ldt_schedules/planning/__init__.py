@@ -10,7 +10,8 @@ from ldt_schedules.planning.problem import Problem
 from ldt_schedules.planning.simulator import simulate
 from ldt_schedules.planning.table import ScheduleTable
 from ldt_schedules.planning.timeline import Timeline
-from ldt_schedules.planning.validator import Violation, check, validate
+from ldt_schedules.planning.validator import check, validate
+from ldt_schedules.planning.violation import Violation
 
 __all__ = [
     "PLANNERS",

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 from ldt_schedules.planning.actions import Action, Kind
 from ldt_schedules.planning.errors import ScheduleError
-from ldt_schedules.planning.layout import EDGE_RANK, Layout
+from ldt_schedules.planning.layout import EDGE_RANK, Edge, Layout
 
 PerMicrobatch = float | tuple[float, ...] | None
 """One number for every microbatch, one for each, or None where the stage cannot do it."""
@@ -50,6 +51,14 @@ class Link:
     def transmission(self, size: float) -> float:
         """How long a message of `size` holds the wire."""
         return 0.0 if self.bandwidth is None else size / self.bandwidth
+
+
+class Passage(NamedTuple):
+    """The way of a message from rank to rank: how long it holds which wire, and how long it then takes."""
+
+    transmission: float
+    latency: float
+    wire: str | tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,6 +200,11 @@ class Costs:
             if (source, destination) == (stage, consumer):
                 return up if forward else down
         return self.forward_size if forward else self.backward_size
+
+    def passage(self, sender: int, receiver: int, edge: Edge) -> Passage:
+        """Of a message along `edge`, from rank `sender` to rank `receiver`."""
+        link = self.link(sender, receiver)
+        return Passage(link.transmission(self.size(*edge)), link.latency, link.resource or (sender, receiver))
 
 
 def _of_stage(value: PerStage, stage: int) -> PerMicrobatch:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from ldt_schedules.planning.actions import Action, Kind
 from ldt_schedules.planning.errors import ScheduleError
-from ldt_schedules.planning.layout import Layout
+from ldt_schedules.planning.layout import Edge, Layout
 
 
 class What(Enum):
@@ -52,6 +52,14 @@ class Value(NamedTuple):
     stage: int
     microbatch: int
     other: int = -1
+
+    @property
+    def edge(self) -> Edge:
+        """The edge of the layout that it goes along."""
+        forward = self.what in (What.INPUT, What.OUTPUT, What.ACTIVATION)
+        if self.what in (What.INPUT, What.INPUT_GRAD):
+            return self.other, self.stage, forward
+        return self.stage, self.other, forward
 
     def __str__(self) -> str:
         edge = "" if self.other < 0 else f" {_TOWARDS[self.what]} s{self.other}"

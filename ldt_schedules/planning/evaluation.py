@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from ldt_schedules.planning.actions import Kind
 from ldt_schedules.planning.bounds import Bounds, lower_bounds
 from ldt_schedules.planning.budgets import COMPARED, within_budget
+from ldt_schedules.planning.dependencies import Dataflow
 from ldt_schedules.planning.layout import EDGE_RANK
-from ldt_schedules.planning.memory import peak_memory
+from ldt_schedules.planning.memory import fits, peak_memory
 from ldt_schedules.planning.planners import planner
 from ldt_schedules.planning.planners.priorities import holding_time
-from ldt_schedules.planning.problem import MEMORY_SLACK, Problem
+from ldt_schedules.planning.problem import Problem
 from ldt_schedules.planning.simulator import simulate
 from ldt_schedules.planning.table import ComputeOrder
 from ldt_schedules.planning.timeline import Timeline
-from ldt_schedules.planning.work_graph import work_graph
+from ldt_schedules.planning.work_graph import split_of, work_graph
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class Evaluation:
         return self.timeline.makespan
 
     @property
+    def is_fused(self) -> bool:
+        """Is every backward in one piece?"""
+        return all(action.kind is not Kind.I for row in self.order for action in row)
+
+    @property
     def distance(self) -> float:
         """Makespan over the proven lower bound, 1 at best."""
         return self.makespan / self.bounds.best if self.bounds.best else 1.0
@@ -48,25 +54,20 @@ def evaluate(name: str, problem: Problem, order: ComputeOrder) -> Evaluation:
     """Play `order` (or the rows of a table) on the problem."""
     timeline = simulate(problem.layout, order, problem.costs)
     peaks = peak_memory(timeline, problem.costs)
-    split = any(action.kind is Kind.I for row in order for action in row)
+    flow = Dataflow(problem.layout)
     carried: dict[bool, float] = defaultdict(float)
     for transfer in timeline.transfers:
         if EDGE_RANK in (transfer.sender, transfer.receiver):
-            forward = transfer.kind is Kind.SEND_F
-            other = transfer.other
-            if other is None:
-                sides = problem.layout.consumers if forward else problem.layout.inputs
-                other = problem.layout.neighbours_on(sides(transfer.stage), transfer.receiver, transfer.microbatch)[0]
-            edge = (transfer.stage, other) if forward else (other, transfer.stage)
-            carried[transfer.sender == EDGE_RANK] += problem.costs.size(*edge, forward)
+            (value,) = flow.takes(transfer.send)
+            carried[transfer.sender == EDGE_RANK] += problem.costs.size(*value.edge)
     length = timeline.makespan or 1.0
     return Evaluation(
         name=name,
         order=order,
         timeline=timeline,
-        bounds=lower_bounds(problem, split),
+        bounds=lower_bounds(problem, split_of(problem, order)),
         peaks=peaks,
-        fits=all(peak <= problem.cap(rank) + MEMORY_SLACK for rank, peak in enumerate(peaks)),
+        fits=fits(peaks, problem),
         rate_up=carried[True] / length,
         rate_down=carried[False] / length,
     )
@@ -98,8 +99,7 @@ def worth_of_memory(name: str, problem: Problem, budgets: tuple[str, ...] = COMP
         allowed = within_budget(problem, budget)
         found = known.get(allowed.memory_cap) or plan_and_evaluate(name, allowed)
         for other in known.values():
-            fits = all(peak <= allowed.cap(r) + MEMORY_SLACK for r, peak in enumerate(other.peaks))
-            if fits and other.makespan < found.makespan:
+            if fits(other.peaks, allowed) and other.makespan < found.makespan:
                 found = evaluate(name, allowed, other.order)
         known[allowed.memory_cap] = found
         worth.append(Worth(budget, found.makespan, found.bounds.best, found.peaks))
@@ -120,31 +120,16 @@ class Depth:
 
 def depths(problem: Problem, evaluation: Evaluation) -> list[Depth]:
     """For each stage how many microbatches in flight hide the round trip, and how many this plan has."""
-    split = any(action.kind is Kind.I for row in evaluation.order for action in row)
-    graph = work_graph(problem, split)
+    graph = work_graph(problem, split_of(problem, evaluation.order))
     load = [0.0] * graph.num_ranks
     for work in graph.works:
         load[work.rank] += sum(work.durations)
     per_microbatch = max(load) / problem.num_microbatches * problem.layout.num_domains
-    in_flight = _peak_of_stages(evaluation.timeline)
     found = []
     for index, work in enumerate(graph.works):
         if work.kind is Kind.F and work.domain == 0:
             trip = holding_time(graph, index)
             needed = math.ceil(trip / per_microbatch - 1e-9) if per_microbatch else 1
-            found.append(Depth(work.stage, work.rank, trip, needed, in_flight[work.stage, work.rank]))
+            used = evaluation.timeline.peak_of_stage(work.rank, work.stage)
+            found.append(Depth(work.stage, work.rank, trip, needed, used))
     return sorted(found, key=lambda depth: depth.stage)
-
-
-def _peak_of_stages(timeline: Timeline) -> dict[tuple[int, int], int]:
-    held: dict[tuple[int, int], int] = defaultdict(int)
-    peak: dict[tuple[int, int], int] = defaultdict(int)
-    for rank, row in enumerate(timeline.rows):
-        for span in row:
-            key = (span.action.stage, rank)
-            if span.action.kind is Kind.F:
-                held[key] += len(span.action.microbatches)
-                peak[key] = max(peak[key], held[key])
-            elif span.action.kind in (Kind.B, Kind.W):
-                held[key] -= len(span.action.microbatches)
-    return peak

@@ -16,6 +16,9 @@ from ldt_schedules.planning.errors import ScheduleError
 
 EDGE_RANK = 0
 
+Edge = tuple[int, int, bool]
+"""(stage, stage that reads its output, in this direction?): which way a value goes in the graph of stages."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stage:
@@ -81,6 +84,13 @@ class Layout:
                         f"stage {stage.index} stands on rank {rank}, which does not exist; ranks are "
                         f"0..{self.num_ranks - 1}"
                     )
+
+    def check_microbatches(self, num_microbatches: int) -> None:
+        """Raises ScheduleError when a step of the layout cannot have so many microbatches."""
+        if num_microbatches < 1:
+            raise ScheduleError(f"a step needs at least 1 microbatch, got {num_microbatches}")
+        if self.domain_of and len(self.domain_of) != num_microbatches:
+            raise ScheduleError(f"domain_of has {len(self.domain_of)} entries for {num_microbatches} microbatches")
 
     @classmethod
     def u(cls, num_ranks: int, domains: int = 1) -> Layout:

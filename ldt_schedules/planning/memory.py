@@ -8,11 +8,11 @@ What ends at the moment when something else starts is freed first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ldt_schedules.planning.actions import Action, Kind
 from ldt_schedules.planning.costs import Costs
-from ldt_schedules.planning.problem import MEMORY_SLACK, Problem
+from ldt_schedules.planning.problem import Problem
 from ldt_schedules.planning.timeline import Span, Timeline
 
 _DIGITS = 9
@@ -24,6 +24,11 @@ def peak_memory(timeline: Timeline, costs: Costs) -> tuple[float, ...]:
     if all(span.action.kind is Kind.F for span in timeline.spans):
         return (0.0,) * timeline.num_ranks
     return tuple(_peak(row, costs) for row in timeline.rows)
+
+
+def fits(peaks: Sequence[float], problem: Problem) -> bool:
+    """Does every rank keep within what it may hold?"""
+    return all(problem.allows(rank, peak) for rank, peak in enumerate(peaks))
 
 
 def change(action: Action, costs: Costs) -> float:
@@ -48,7 +53,7 @@ def first_excess(row: Iterable[Action], problem: Problem, rank: int) -> tuple[in
     for index, action in enumerate(row):
         if action.kind.is_compute:
             held += change(action, problem.costs)
-            if held > problem.cap(rank) + MEMORY_SLACK:
+            if not problem.allows(rank, held):
                 return index, held
     return None
 

@@ -32,12 +32,7 @@ class Problem:
     memory_cap: tuple[float | None, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.num_microbatches < 1:
-            raise ScheduleError(f"a step needs at least 1 microbatch, got {self.num_microbatches}")
-        if self.layout.domain_of and len(self.layout.domain_of) != self.num_microbatches:
-            raise ScheduleError(
-                f"domain_of has {len(self.layout.domain_of)} entries for {self.num_microbatches} microbatches"
-            )
+        self.layout.check_microbatches(self.num_microbatches)
         self.costs.check_fit(self.layout, self.num_microbatches)
         if self.memory_cap and len(self.memory_cap) != self.layout.num_ranks:
             raise ScheduleError(f"mem_cap has {len(self.memory_cap)} entries for {self.layout.num_ranks} ranks")
@@ -50,7 +45,7 @@ class Problem:
         cap = self.cap(rank)
         if cap < 0 or math.isnan(cap):
             raise ScheduleError(f"the memory of rank {rank} must be 0 or more, got {cap:g}")
-        if cap + MEMORY_SLACK < least:
+        if not self.allows(rank, least):
             stages = ", ".join(f"stage {s} {self.costs.held(s):g}" for s in self.layout.stages_on(rank))
             raise ScheduleError(
                 f"rank {rank} may hold {cap:g}, but a single microbatch in flight needs {least:g} there ({stages}); "
@@ -70,6 +65,10 @@ class Problem:
         """What `rank` may hold; infinite where there is no limit."""
         cap = self.memory_cap[rank] if self.memory_cap else None
         return math.inf if cap is None else cap
+
+    def allows(self, rank: int, amount: float) -> bool:
+        """May `rank` hold so much?"""
+        return amount <= self.cap(rank) + MEMORY_SLACK
 
     def with_caps(self, caps: tuple[float | None, ...]) -> Problem:
         """The same problem with other memory."""

@@ -80,19 +80,35 @@ def circle(stuck: list[Stuck]) -> list[Stuck]:
     return []
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Port:
+    """Where a rank posts the messages of a family: what it has posted on their lane and has not passed yet, in order, and
+    the same of the peer. Add `received_as` to the number of a message for that of the value it brings."""
+
+    rank: int
+    peer: int
+    queue: _Queue
+    opposite: _Queue
+    received_as: int
+
+
+_Queue = deque[tuple[int, _Port]]
+"""Messages, each with the port it was posted at."""
+
+
 class _Play:
+    """`position[r]` is the action rank r stands at, `waits[r]` the value it waits for; `there[v]`: value v is made, or
+    message v has passed."""
+
     def __init__(self, table: ScheduleTable, semantics: Semantics, numbers: Numbering, families: Families) -> None:
-        self.rows, self.semantics, self.numbers = table.ranks, semantics, numbers
-        self.position = [0] * len(self.rows)
-        self.waits = [-1] * len(self.rows)  # the value a rank waits for
+        self.rows, self.numbers = table.ranks, numbers
+        self.buffered, self.blocking = semantics is Semantics.BUFFERED, semantics is Semantics.BLOCKING
         self.families = families
-        self.received_as = {f.takes[0]: f.makes[0] for f in numbers.families_of_receives()}
+        self.position = [0] * len(self.rows)
+        self.waits = [-1] * len(self.rows)
         self.there = bytearray(numbers.size)
-        self.passed = bytearray(numbers.size)
-        self.lanes = list(Lane)
-        self.lane_numbers: dict[tuple[int, object, object], int] = {}
-        # What each rank has posted on each of its lanes and has not passed yet, in order: (message, other rank).
-        self.queues: list[list[deque[tuple[int, int]]]] = [[deque() for _ in Lane] for _ in self.rows]
+        self.queues: list[dict[Lane, _Queue]] = [{lane: deque() for lane in Lane} for _ in self.rows]
+        self.ports: dict[Family, _Port] = {}
         self.ready: list[int] = []
 
     def run(self) -> list[Stuck]:
@@ -101,7 +117,7 @@ class _Play:
             self._advance(self.ready.pop())
         stuck = [self._stuck(r) for r, row in enumerate(self.rows) if self.position[r] < len(row)]
         for rank, row in enumerate(self.rows):
-            heads = [queue[0] for queue in self.queues[rank] if queue]
+            heads = self._heads(rank)
             if self.position[rank] == len(row) and heads:
                 why = "is through, but a message it posted never passes"
                 stuck.append(Stuck(rank, len(row), why, tuple(peer for _, peer in heads)))
@@ -109,81 +125,86 @@ class _Play:
 
     def _advance(self, rank: int) -> None:
         row, families, there = self.rows[rank], self.families[rank], self.there
-        while self.position[rank] < len(row):
-            action, family = row[self.position[rank]], families[self.position[rank]]
-            if not action.kind.is_recv:
-                for m in action.microbatches:
-                    for base in family.takes:
-                        if not there[base + m]:
-                            self.waits[rank] = base + m
-                            return
-            if action.kind.is_compute:
-                for m in action.microbatches:
-                    for base in family.makes:
-                        there[base + m] = 1
-            elif not self._post(rank, action, family.takes if action.kind.is_recv else family.makes):
+        for index in range(self.position[rank], len(row)):
+            action, family = row[index], families[index]
+            first, kind = action.microbatches[0], action.kind
+            if not kind.is_recv:
+                for base in family.takes:
+                    if not there[base + first]:
+                        self.position[rank], self.waits[rank] = index, base + first
+                        return
+            if kind.is_compute:
+                for base in family.makes:
+                    there[base + first] = 1
+            elif not self._post(rank, action, family):
+                self.position[rank] = index
                 return
-            self.position[rank] += 1
+        self.position[rank] = len(row)
 
-    def _post(self, rank: int, action: Action, bases: tuple[int, ...]) -> bool:
+    def _post(self, rank: int, action: Action, family: Family) -> bool:
         """Post a SEND or RECV; True when the rank may go on."""
-        peer = action.peer
-        assert peer is not None
-        messages = [base + m for m in action.microbatches for base in bases]
-        if self.semantics is Semantics.BUFFERED:
-            if action.kind.is_send:
-                for message in messages:
-                    self._arrive(message, peer)
+        first, sends = action.microbatches[0], action.kind.is_send
+        bases = family.makes if sends else family.takes
+        port = self.ports.get(family)
+        if port is None:
+            port = self.ports[family] = self._port(rank, action, bases[0] + first)
+        if self.buffered:
+            if sends:
+                for base in bases:
+                    self._arrive(base + first, port)
             return True
-        if self.semantics is Semantics.BLOCKING and self.waits[rank] == messages[-1]:
-            return bool(self.passed[messages[-1]])  # posted when the rank came here first
-        lane = self._lane(rank, action)
-        queue = self.queues[rank][lane]
-        first = not queue
-        queue.extend((message, peer) for message in messages)
-        if first:
-            self._pass_messages(rank, lane)
-        if self.semantics is Semantics.BLOCKING and not self.passed[messages[-1]]:
-            self.waits[rank] = messages[-1]
+        last = bases[-1] + first
+        if self.blocking and self.waits[rank] == last:
+            return bool(self.there[last])  # posted when the rank came here first
+        queue = port.queue
+        was_empty = not queue
+        for base in bases:
+            queue.append((base + first, port))
+        if was_empty:
+            self._pass_messages(queue)
+        if self.blocking and not self.there[last]:
+            self.waits[rank] = last
             return False
         return True
 
-    def _lane(self, rank: int, action: Action) -> int:
-        key = (rank, action.peer, action.kind.is_send)
-        known = self.lane_numbers.get(key)
-        if known is None:
-            known = self.lane_numbers[key] = self.lanes.index(lane_of(rank, action))
-        return known
+    def _port(self, rank: int, action: Action, message: int) -> _Port:
+        assert action.peer is not None
+        lane = lane_of(rank, action)
+        queues = self.queues[rank][lane], self.queues[action.peer][lane]
+        return _Port(rank, action.peer, *queues, self.numbers.received_as(message) - message)
 
-    def _pass_messages(self, rank: int, lane: int) -> None:
-        """Let pass what both sides now have at the head of this lane."""
-        look_at = [rank]
+    def _pass_messages(self, queue: _Queue) -> None:
+        """Let pass what both sides now have at the head of a lane, beginning with that of `queue`."""
+        look_at = [queue]
         while look_at:
-            owner = look_at.pop()
-            queue = self.queues[owner][lane]
+            queue = look_at.pop()
             while queue:
-                message, peer = queue[0]
-                other = self.queues[peer][lane]
-                if not other or other[0] != (message, owner):
+                message, port = queue[0]
+                opposite = port.opposite
+                if not opposite or opposite[0][0] != message:
                     break
                 queue.popleft()
-                other.popleft()
-                self.passed[message] = 1
-                self._arrive(message, owner)
-                self._arrive(message, peer)
-                look_at.append(peer)
+                opposite.popleft()
+                self._arrive(message, port)
+                look_at.append(opposite)
 
-    def _arrive(self, message: int, rank: int) -> None:
-        """The message is there: note it, and look at `rank` again if it waits for it."""
-        m = message % self.numbers.num_microbatches
-        number = self.received_as[message - m] + m
-        self.there[number] = 1
-        if self.waits[rank] in (number, message):
-            self.ready.append(rank)
+    def _arrive(self, message: int, port: _Port) -> None:
+        """The message is there: note it, and look again at those of its two ranks that wait for it."""
+        there, waits = self.there, self.waits
+        number = message + port.received_as
+        there[message] = there[number] = 1
+        if waits[port.rank] in (number, message):
+            self.ready.append(port.rank)
+        if waits[port.peer] in (number, message):
+            self.ready.append(port.peer)
+
+    def _heads(self, rank: int) -> list[tuple[int, int]]:
+        """The first message of each of the rank's lanes, with the other rank."""
+        return [(queue[0][0], queue[0][1].peer) for queue in self.queues[rank].values() if queue]
 
     def _stuck(self, rank: int) -> Stuck:
         index, missing = self.position[rank], self.waits[rank]
-        heads = [queue[0] for queue in self.queues[rank] if queue]
+        heads = self._heads(rank)
         first = "; ".join(f"{self.numbers.value(message)} with rank {peer}" for message, peer in heads)
         why = f"waits for ever for the {self.numbers.value(missing)}"
         return Stuck(rank, index, why + (f"; first in its lanes: {first}" if heads else ""), self._waits_for(rank))
@@ -191,15 +212,11 @@ class _Play:
     def _waits_for(self, rank: int) -> tuple[int, ...]:
         """Whom: the other end of the message that must pass before the missing one can, or of the missing one itself."""
         missing = self.waits[rank]
-        for queue in self.queues[rank]:
-            if any(missing in (message, self._received(message)) for message, _ in queue):
-                return (queue[0][1],)
+        for queue in self.queues[rank].values():
+            if any(missing in (message, message + port.received_as) for message, port in queue):
+                return (queue[0][1].peer,)
         for action, family in zip(self.rows[rank], self.families[rank], strict=True):
-            values = [base + m for base in (*family.takes, *family.makes) for m in action.microbatches]
+            values = [base + action.microbatches[0] for base in (*family.takes, *family.makes)]
             if action.peer is not None and missing in values:
                 return (action.peer,)
         return ()
-
-    def _received(self, message: int) -> int:
-        m = message % self.numbers.num_microbatches
-        return self.received_as.get(message - m, -1 - m) + m

@@ -26,7 +26,7 @@ from ldt_schedules.planning.costs import Costs
 from ldt_schedules.planning.dependencies import Dataflow, What
 from ldt_schedules.planning.errors import ScheduleError
 from ldt_schedules.planning.layout import Layout
-from ldt_schedules.planning.numbering import Key, Numbering
+from ldt_schedules.planning.numbering import Family, Numbering
 from ldt_schedules.planning.timeline import Span, Timeline, Transfer
 
 
@@ -49,13 +49,16 @@ def simulate(layout: Layout, rows: Sequence[Sequence[Action]], costs: Costs | No
 
 @dataclass(frozen=True, slots=True)
 class _Message:
-    """The messages of a family: what is posted (`base`), what it is called on arrival, and its way."""
+    """What one message of a family has in common with the others: its microbatch, and what it is called on arrival, count
+    from the first microbatch of the action; `kind`, `stage` and `other` are those of the SEND that posts it."""
 
-    base: int
+    microbatch: int
     arrives_as: int
     sender: int
     receiver: int
-    send: tuple[Kind, int, int | None]
+    kind: Kind
+    stage: int
+    other: int | None
     transmission: float
     latency: float
     wire: int
@@ -97,118 +100,125 @@ class _Simulation:
         self.transfers: list[Transfer] = []
 
     def run(self) -> Timeline:
+        events, there, busy, pop = self.events, self.there, self.busy, heapq.heappop
         for rank in range(len(self.rows)):
             self._go_on(rank, 0.0)
-        while self.events:
-            now, _, rank, number, made = heapq.heappop(self.events)
+        while events:
+            now, _, rank, number, made = pop(events)
             if number < 0:
                 self._finish(rank, now)
             else:
-                self.there[number] = made
-            if not self.busy[rank]:
+                there[number] = made
+            if not busy[rank]:
                 self._go_on(rank, now)
         self._check_done()
         return Timeline(len(self.rows), tuple(self.spans), tuple(self.transfers), tuple(self.exposed))
 
     def _prepare(self, rows: Sequence[Sequence[Action]]) -> list[list[tuple[Action, _Steps]]]:
-        known: dict[Key, _Steps] = {}
-        prepared: list[list[tuple[Action, _Steps]]] = []
+        """Each row without its RECVs, with the steps of each action."""
+        known: dict[Family, _Steps] = {}
+        prepared = []
         for rank, row in enumerate(rows):
-            steps = []
-            for action in row:
-                if action.kind.is_recv:
-                    continue
-                key = self.numbers.key(action)
-                if key not in known:
-                    known[key] = self._steps(rank, action)
-                steps.append((action, known[key]))
-            prepared.append(steps)
+            acting = [action for action in row if not action.kind.is_recv]
+            families = self.numbers.families(acting)
+            for family, action in zip(families, acting, strict=True):
+                if family not in known:
+                    known[family] = self._steps(rank, action)
+            prepared.append([(action, known[family]) for action, family in zip(acting, families, strict=True)])
         return prepared
 
     def _steps(self, rank: int, action: Action) -> _Steps:
-        family = self.numbers.family(action)
+        family, first = self.numbers.family(action), action.microbatches[0]
         if action.kind.is_send:
-            return _Steps(True, None, family.takes, (), tuple(self._message(rank, action, n) for n in family.takes))
+            messages = [self._message(rank, action, base + first) for base in family.takes]
+            return _Steps(True, None, family.takes, (), tuple(messages))
         makes, messages = [], []
         for base in family.makes:
-            what, stage, other = self.numbers.what(base)
+            what, stage, other = self.numbers.what(base + first)
             if what in (What.OUTPUT, What.INPUT_GRAD) and self.posts_itself:
                 kind = Kind.SEND_F if what is What.OUTPUT else Kind.SEND_B
-                peer = self.layout.rank_of(other, action.microbatches[0])
-                messages.append(self._message(rank, Action(kind, stage, action.microbatches, peer, other), base))
+                peer = self.layout.rank_of(other, first)
+                messages.append(
+                    self._message(rank, Action(kind, stage, action.microbatches, peer, other), base + first)
+                )
             else:
                 makes.append(base)
         uniform = self.costs.is_uniform(action.kind, action.stage)
-        duration = self.costs.time(action.kind, action.stage, action.microbatches[0]) if uniform else None
+        duration = self.costs.time(action.kind, action.stage, first) * len(action.microbatches) if uniform else None
         return _Steps(False, duration, family.takes, tuple(makes), tuple(messages))
 
-    def _message(self, rank: int, send: Action, base: int) -> _Message:
-        value = self.numbers.value(base)
+    def _message(self, rank: int, send: Action, number: int) -> _Message:
+        value, first = self.numbers.value(number), send.microbatches[0]
         assert send.peer is not None
-        forward = send.kind is Kind.SEND_F
-        edge = (value.stage, value.other) if forward else (value.other, value.stage)
-        link = self.costs.link(rank, send.peer)
+        passage = self.costs.passage(rank, send.peer, value.edge)
         return _Message(
-            base=base,
-            arrives_as=self.numbers.base(self.flow.delivery(value)),
+            microbatch=value.microbatch - first,
+            arrives_as=self.numbers.number(self.flow.delivery(value)) - first,
             sender=rank,
             receiver=send.peer,
-            send=(send.kind, send.stage, send.other),
-            transmission=link.transmission(self.costs.size(*edge, forward)),
-            latency=link.latency,
-            wire=self.wires.setdefault(link.resource or (rank, send.peer), len(self.wires)),
+            kind=send.kind,
+            stage=send.stage,
+            other=send.other,
+            transmission=passage.transmission,
+            latency=passage.latency,
+            wire=self.wires.setdefault(passage.wire, len(self.wires)),
         )
 
     def _go_on(self, rank: int, now: float) -> None:
         """Let the rank post its messages and start its next computation, if it can."""
         row, there = self.rows[rank], self.there
-        while self.position[rank] < len(row):
-            action, steps = row[self.position[rank]]
+        position, count = self.position[rank], len(row)
+        while position < count:
+            action, steps = row[position]
+            first = action.microbatches[0]
             made_last = 0.0
-            for m in action.microbatches:
-                for base in steps.takes:
-                    made = there[base + m]
-                    if made is None:
-                        return
-                    if made > made_last:
-                        made_last = made
-            self.position[rank] += 1
+            for base in steps.takes:
+                made = there[base + first]
+                if made is None:
+                    self.position[rank] = position
+                    return
+                if made > made_last:
+                    made_last = made
+            position += 1
             if steps.posts:
-                self._post(steps, action, now, made_last)
+                self._post(steps, first, now, made_last)
                 continue
             since = max(self.free[rank], made_last)
             if now > since:
                 self.exposed[rank] += now - since
-            self.busy[rank] = True
             self.free[rank] = now
-            one = steps.duration
-            duration = self.costs.duration(action) if one is None else one * len(action.microbatches)
+            end = now + (self.costs.duration(action) if steps.duration is None else steps.duration)
             self.caused += 1
-            heapq.heappush(self.events, (now + duration, self.caused, rank, -1, now))
+            heapq.heappush(self.events, (end, self.caused, rank, -1, now))
+            self.position[rank], self.busy[rank] = position, True
             return
+        self.position[rank] = position
 
     def _finish(self, rank: int, now: float) -> None:
         action, steps = self.rows[rank][self.position[rank] - 1]
         self.spans.append(Span(rank, action, self.free[rank], now))
-        self.busy[rank] = False
-        self.free[rank] = now
-        for m in action.microbatches:
-            for base in steps.makes:
-                self.there[base + m] = now
+        self.free[rank], self.busy[rank] = now, False
+        first, there = action.microbatches[0], self.there
+        for base in steps.makes:
+            there[base + first] = now
         if steps.messages:
-            self._post(steps, action, now, now)
+            self._post(steps, first, now, now)
 
-    def _post(self, steps: _Steps, action: Action, now: float, made: float) -> None:
-        for m in action.microbatches:
-            for message in steps.messages:
-                start = max(now, self.wire_free[message.wire])
-                sent = self.wire_free[message.wire] = start + message.transmission
-                arrived = sent + message.latency
-                self.transfers.append(
-                    Transfer(message.sender, message.receiver, *message.send, m, start, sent, arrived)
-                )
-                self.caused += 1
-                heapq.heappush(self.events, (arrived, self.caused, message.receiver, message.arrives_as + m, made))
+    def _post(self, steps: _Steps, first: int, now: float, made: float) -> None:
+        wire_free = self.wire_free
+        for message in steps.messages:
+            wire, receiver = message.wire, message.receiver
+            start = wire_free[wire]
+            if start < now:
+                start = now
+            sent = wire_free[wire] = start + message.transmission
+            arrived = sent + message.latency
+            m = first + message.microbatch
+            self.transfers.append(
+                Transfer(message.sender, receiver, message.kind, message.stage, message.other, m, start, sent, arrived)
+            )
+            self.caused += 1
+            heapq.heappush(self.events, (arrived, self.caused, receiver, first + message.arrives_as, made))
 
     def _check_done(self) -> None:
         stuck = [rank for rank, row in enumerate(self.rows) if self.position[rank] < len(row)]
@@ -216,7 +226,8 @@ class _Simulation:
             return
         lines = []
         for rank in stuck:
-            action, _ = self.rows[rank][self.position[rank]]
-            missing = [str(self.numbers.value(n)) for n in self.numbers.takes(action) if self.there[n] is None]
+            action, steps = self.rows[rank][self.position[rank]]
+            taken = [base + action.microbatches[0] for base in steps.takes]
+            missing = [str(self.numbers.value(number)) for number in taken if self.there[number] is None]
             lines.append(f"rank {rank} waits at {action} for {', '.join(missing)}")
         raise ScheduleError("the order cannot go on:\n  " + "\n  ".join(lines))

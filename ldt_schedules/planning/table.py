@@ -19,8 +19,8 @@ class ScheduleTable:
     """`ranks[r]` is the row of pipeline rank `r`. Frozen, comparable, hashable.
 
     Raises:
-        ScheduleError: no microbatch, or not one row for each rank of the layout. Everything else that can be
-            wrong with a table is the validator's to tell, all at once.
+        ScheduleError: no microbatch, or other ones than the layout's `domain_of` has; not one row for each rank of the
+            layout. Everything else that can be wrong with a table is the validator's to tell, all at once.
     """
 
     layout: Layout
@@ -29,8 +29,7 @@ class ScheduleTable:
     forward_only: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_microbatches < 1:
-            raise ScheduleError(f"a step needs at least 1 microbatch, got {self.num_microbatches}")
+        self.layout.check_microbatches(self.num_microbatches)
         if len(self.ranks) != self.layout.num_ranks:
             raise ScheduleError(
                 f"the layout has pipeline ranks 0..{self.layout.num_ranks - 1}, the table has {len(self.ranks)} rows"

@@ -6,6 +6,7 @@ rank 1   · F F F F B B B B      makespan  from 0 to the end of the last action
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -13,8 +14,7 @@ from typing import NamedTuple
 from ldt_schedules.planning.actions import Action, Kind
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """One compute action on one pipeline rank; times in the unit of whoever measured, from the start of the step."""
 
     rank: int
@@ -93,8 +93,12 @@ class Timeline:
             return (0,) * self.num_ranks
         return tuple(_peak(row) for row in self.rows)
 
+    def peak_of_stage(self, rank: int, stage: int) -> int:
+        """The most microbatches of `stage` whose activations `rank` holds at one time."""
+        return _peak(span for span in self.rows[rank] if span.action.stage == stage)
 
-def _peak(row: tuple[Span, ...]) -> int:
+
+def _peak(row: Iterable[Span]) -> int:
     held = peak = 0
     for span in row:  # one action at a time, so the order of the row is the order of the changes
         if span.action.kind is Kind.F:

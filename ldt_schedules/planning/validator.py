@@ -29,40 +29,14 @@ from ldt_schedules.planning.dependencies import MESSAGES, What
 from ldt_schedules.planning.errors import ScheduleError
 from ldt_schedules.planning.memory import first_excess
 from ldt_schedules.planning.numbering import Family, Key
+from ldt_schedules.planning.possible import why_impossible
 from ldt_schedules.planning.problem import Problem
 from ldt_schedules.planning.progress import Families, Semantics, Stuck, circle, numbering_of, waiting_forever
 from ldt_schedules.planning.table import ScheduleTable
+from ldt_schedules.planning.violation import Violation, violation_at
 
-_CONTEXT_ROWS = 3
 _SHOWN_AT_ONCE = 20
 _GAPS_NAMED = 5
-
-Place = tuple[int, int]
-"""(pipeline rank, index in its row)"""
-
-
-@dataclass(frozen=True)
-class Violation:
-    """One thing that is wrong.
-
-    Attributes:
-        check: which rule, in a word, as listed above.
-        rank, index: where; index -1 when it concerns a whole row.
-        action: text of the action there, empty when there is none.
-        context: the rows around it, the place marked.
-    """
-
-    check: str
-    rank: int
-    index: int
-    action: str
-    message: str
-    context: tuple[str, ...] = ()
-
-    def render(self) -> str:
-        """Several lines for people."""
-        where = f"rank {self.rank}" + (f", action {self.index} ({self.action})" if self.action else "")
-        return "\n".join([f"{where}: {self.message} [{self.check}]", *(f"    {line}" for line in self.context)])
 
 
 def check(table: ScheduleTable, problem: Problem | None = None) -> None:
@@ -109,32 +83,40 @@ def _require_same_work(table: ScheduleTable, problem: Problem) -> None:
         )
 
 
-@dataclass
+@dataclass(slots=True)
+class _Group:
+    """The actions of one family on one rank. What they do is noted in lists that are shared with the families it is put
+    together with: the microbatches that are `done`, or the `messages` that `moves` stands for, and their `places`."""
+
+    family: Family
+    moves: tuple[int, ...] = ()
+    done: set[int] = field(default_factory=set)
+    messages: list[int] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+
+
 class _Validation:
-    """`made` and `taken`: the place of each value, by its number (see `numbering`)."""
+    """`made` and `taken`: the place of each value, by its number (see `numbering`).
 
-    table: ScheduleTable
-    problem: Problem | None = None
-    found: list[Violation] = field(default_factory=list)
-    made: dict[int, Place] = field(default_factory=dict)
-    taken: dict[int, Place] = field(default_factory=dict)
-    done: dict[tuple[str, int], set[int]] = field(default_factory=lambda: defaultdict(set))
-    sent: dict[tuple[int, int], list[int]] = field(default_factory=lambda: defaultdict(list))
-    received: dict[tuple[int, int], list[int]] = field(default_factory=lambda: defaultdict(list))
-    received_at: dict[tuple[int, int], list[Place]] = field(default_factory=lambda: defaultdict(list))
+    A place is rank * (length of the longest row) + index in the row: of two of one rank, the larger is the later.
+    """
 
-    def __post_init__(self) -> None:
-        self.numbers = numbering_of(self.table)
-        self.families: Families = [[] for _ in self.table.ranks]
+    def __init__(self, table: ScheduleTable, problem: Problem | None) -> None:
+        self.table, self.problem = table, problem
+        self.numbers = numbering_of(table)
+        self.families: Families = [[] for _ in table.ranks]
+        self.longest_row = max(map(len, table.ranks))
+        self.found: list[Violation] = []
+        self.made: dict[int, int] = {}
+        self.taken: dict[int, int] = {}
+        self.done: dict[tuple[str, int], set[int]] = defaultdict(set)
+        self.sent: dict[tuple[int, int], list[int]] = defaultdict(list)
+        self.received: dict[tuple[int, int], list[int]] = defaultdict(list)
+        self.places: dict[tuple[int, int], list[int]] = defaultdict(list)
 
     def run(self, blocking: bool) -> list[Violation]:
-        for rank, row in enumerate(self.table.ranks):
-            known: dict[Key, Family | None] = {}
-            for index, action in enumerate(row):
-                family = self._family(rank, index, action, known)
-                if family is not None:
-                    self._add((rank, index), action, family)
-                    self.families[rank].append(family)
+        for rank in range(len(self.table.ranks)):
+            self._read(rank)
         self._taken_after_made()
         self._nothing_left_over()
         self._complete()
@@ -144,111 +126,101 @@ class _Validation:
             self._within_memory()
         return sorted(self.found, key=lambda violation: (violation.rank, violation.index))
 
-    def _report(self, name: str, place: Place, message: str) -> None:
-        rank, index = place
-        row = self.table.ranks[rank]
-        around = range(max(0, index - _CONTEXT_ROWS), min(len(row), index + _CONTEXT_ROWS + 1)) if index >= 0 else ()
-        context = tuple(f"{'>' if i == index else ' '} {i:4d}  {row[i]}" for i in around)
-        text = str(row[index]) if 0 <= index < len(row) else ""
-        self.found.append(Violation(name, rank, index, text, message, context))
+    def _report(self, check: str, rank: int, index: int, message: str) -> None:
+        self.found.append(violation_at(self.table, check, rank, index, message))
 
-    def _family(self, rank: int, index: int, action: Action, known: dict[Key, Family | None]) -> Family | None:
-        """What the action takes and makes; None if stage, microbatches, rank or peer are impossible, which is reported.
+    def _report_at(self, place: int, check: str, message: str) -> None:
+        self._report(check, *divmod(place, self.longest_row), message)
 
-        What fails here takes no part in the other checks.
-        """
-        for m in action.microbatches:
-            if not 0 <= m < self.table.num_microbatches:
-                last = self.table.num_microbatches - 1
-                self._report("action", (rank, index), f"there is no microbatch {m}; they are 0..{last}")
-                return None
-        key = self.numbers.key(action)
-        family = known.get(key)
-        if family is None or len(action.microbatches) > 1:  # what is wrong is said each time
-            wrong = self._what_is_impossible(rank, action)
-            if wrong is not None:
-                self._report(wrong[0], (rank, index), wrong[1])
-                return None
-            family = known[key] = self.numbers.family(action)
-        return family
+    def _action(self, place: int) -> str:
+        rank, index = divmod(place, self.longest_row)
+        return f"action {index} ({self.table.ranks[rank][index]})"
 
-    def _what_is_impossible(self, rank: int, action: Action) -> tuple[str, str] | None:
-        layout = self.table.layout
-        if not 0 <= action.stage < len(layout.stages):
-            return "action", f"there is no stage {action.stage}; stages are 0..{len(layout.stages) - 1}"
-        for m in action.microbatches:
-            if layout.rank_of(action.stage, m) != rank:
-                where = layout.rank_of(action.stage, m)
-                return "action", f"stage {action.stage} of microbatch {m} stands on rank {where}, not on {rank}"
-        if len({layout.domain(m) for m in action.microbatches}) > 1:
-            return "action", "packs microbatches of different domains"
-        if self.table.forward_only and not action.kind.is_forward:
-            return "action", "a forward-only table has no backward"
-        try:
-            self.numbers.family(action)
-        except ScheduleError as error:
-            return "peer", str(error).partition(": ")[2]
-        return None
-
-    def _add(self, place: Place, action: Action, family: Family) -> None:
-        """Note what the action makes, takes and moves."""
-        microbatches, made, taken = action.microbatches, self.made, self.taken
-        for m in microbatches:
+    def _read(self, rank: int) -> None:
+        """Note what each action of a row makes, takes and moves; impossible ones take no part in the other checks."""
+        made, taken, families, key_of = self.made, self.taken, self.families[rank], self.numbers.key
+        known: dict[Key, _Group] = {}
+        count, start = self.table.num_microbatches, rank * self.longest_row
+        for place, action in enumerate(self.table.ranks[rank], start):
+            microbatches = action.microbatches
+            first = microbatches[0]
+            group = None
+            if len(microbatches) == 1 and 0 <= first < count:
+                group = known.get(key_of(action))
+            if group is None:
+                group = self._group(rank, place - start, action, known)
+                if group is None:
+                    continue
+            family = group.family
+            families.append(family)
             for base in family.makes:
-                first = made.setdefault(base + m, place)
-                if first is not place:
-                    self._twice("made", base + m, first, place)
+                before = made.setdefault(base + first, place)
+                if before != place:
+                    self._twice("made", base + first, before, place)
             for base in family.takes:
-                first = taken.setdefault(base + m, place)
-                if first is not place:
-                    self._twice("taken", base + m, first, place)
-        if action.kind.is_compute:
-            if action.kind is not Kind.I:
-                self.done["F" if action.kind is Kind.F else "B", action.stage].update(microbatches)
-        elif action.kind.is_send:
-            assert action.peer is not None
-            self.sent[place[0], action.peer] += [base + m for m in microbatches for base in family.makes]
+                before = taken.setdefault(base + first, place)
+                if before != place:
+                    self._twice("taken", base + first, before, place)
+            if group.moves:
+                for base in group.moves:
+                    group.messages.append(base + first)
+                    group.places.append(place)
+            else:
+                group.done.update(microbatches)
+
+    def _group(self, rank: int, index: int, action: Action, known: dict[Key, _Group]) -> _Group | None:
+        """The group of an action that may be the first of it; None, and reported, if it is impossible."""
+        wrong = why_impossible(action, rank, self.table, self.numbers)
+        if wrong is not None:
+            self._report(wrong[0], rank, index, wrong[1])
+            return None
+        key = self.numbers.key(action)
+        if key not in known:
+            group = known[key] = _Group(self.numbers.family(action))
+            self._share(group, rank, action)
+        return known[key]
+
+    def _share(self, group: _Group, rank: int, action: Action) -> None:
+        kind, family = action.kind, group.family
+        if action.peer is None:
+            if kind is not Kind.I:
+                group.done = self.done["F" if kind is Kind.F else "B", action.stage]
+        elif kind.is_send:
+            group.moves, group.messages = family.makes, self.sent[rank, action.peer]
         else:
-            assert action.peer is not None
-            self.received[action.peer, place[0]] += [base + m for m in microbatches for base in family.takes]
-            self.received_at[action.peer, place[0]] += [place] * len(microbatches)
+            ends = (action.peer, rank)
+            group.moves, group.messages, group.places = family.takes, self.received[ends], self.places[ends]
 
-    def _twice(self, verb: str, number: int, first: Place, place: Place) -> None:
-        before = f"rank {first[0]}, action {first[1]} ({self._action(first)})"
-        self._report("twice", place, f"the {self.numbers.value(number)} is {verb} twice; before it by {before}")
-
-    def _action(self, place: Place) -> Action:
-        return self.table.ranks[place[0]][place[1]]
+    def _twice(self, verb: str, number: int, before: int, place: int) -> None:
+        before_it = f"rank {before // self.longest_row}, {self._action(before)}"
+        self._report_at(place, "twice", f"the {self.numbers.value(number)} is {verb} twice; before it by {before_it}")
 
     def _taken_after_made(self) -> None:
         made = self.made
         for number, place in self.taken.items():
             maker = made.get(number)
-            if maker is not None and maker[0] == place[0] and maker < place:
+            # What is no message is made on the rank that takes it, so that places say which comes first.
+            if maker is not None and (maker < place or self.numbers.what(number)[0] in MESSAGES):
                 continue
-            what = self.numbers.what(number)[0]
-            if what in MESSAGES:
-                if maker is None:
-                    value = self.numbers.value(number)
-                    self._report("unmatched", place, f"nobody sends it: no action makes the {value}")
-            elif maker is None:
-                value = self.numbers.value(number)
-                self._report("missing", place, f"needs the {value}, which no action of this rank makes")
+            value = self.numbers.value(number)
+            if maker is not None:
+                later = self._action(maker)
+                self._report_at(place, "order", f"needs the {value}, which comes only later, from {later}")
+            elif value.what in MESSAGES:
+                self._report_at(place, "unmatched", f"nobody sends it: no action makes the {value}")
             else:
-                later = f"action {maker[1]} ({self._action(maker)})"
-                value = self.numbers.value(number)
-                self._report("order", place, f"needs the {value}, which comes only later, from {later}")
+                self._report_at(place, "missing", f"needs the {value}, which no action of this rank makes")
 
     def _nothing_left_over(self) -> None:
-        for number, place in self.made.items():
-            if number in self.taken:
-                continue
+        for number in [number for number in self.made if number not in self.taken]:
             what = self.numbers.what(number)[0]
+            if what is What.WEIGHT_GRAD:
+                continue
+            place, value = self.made[number], self.numbers.value(number)
             if what in MESSAGES:
-                value = self.numbers.value(number)
-                self._report("unmatched", place, f"nobody receives it: no action takes the {value}")
-            elif what is not What.WEIGHT_GRAD:
-                self._report("left over", place, f"makes the {self.numbers.value(number)}, which nobody takes")
+                self._report_at(place, "unmatched", f"nobody receives it: no action takes the {value}")
+            else:
+                self._report_at(place, "left over", f"makes the {value}, which nobody takes")
 
     def _complete(self) -> None:
         """Every stage runs every microbatch; of a row with many gaps the first few are named and the rest counted."""
@@ -262,7 +234,7 @@ class _Validation:
                     more = f" (and {missing - _GAPS_NAMED} more of this stage)" if missing > _GAPS_NAMED else ""
                     hint = " (or I and W)" if kind == "B" else ""
                     self._report(
-                        "incomplete", (layout.rank_of(stage, m), -1), f"{kind} s{stage} m{m}{hint} is missing{more}"
+                        "incomplete", layout.rank_of(stage, m), -1, f"{kind} s{stage} m{m}{hint} is missing{more}"
                     )
 
     def _lanes_in_order(self) -> None:
@@ -273,9 +245,9 @@ class _Validation:
                 continue
             for number, (mine, theirs) in enumerate(zip(sent, received, strict=False)):
                 if mine != theirs:
-                    self._report(
+                    self._report_at(
+                        self.places[ends][number],
                         "fifo",
-                        self.received_at[ends][number],
                         f"message {number} from rank {ends[0]} on {lane(*ends)} is the {self.numbers.value(mine)}, "
                         f"but the {self.numbers.value(theirs)} is received at its place",
                     )
@@ -292,7 +264,7 @@ class _Validation:
             how = " (when every SEND and RECV holds up its rank)"
         round_trip = self._describe(circle(stuck))
         for one in stuck:
-            self._report("deadlock", (one.rank, one.index), one.why + how + round_trip)
+            self._report("deadlock", one.rank, one.index, one.why + how + round_trip)
 
     def _describe(self, ranks: list[Stuck]) -> str:
         if not ranks:
@@ -312,7 +284,7 @@ class _Validation:
             if excess is not None:
                 index, held = excess
                 cap = self.problem.cap(rank)
-                self._report("memory", (rank, index), f"holds {held:g} of memory here, but the rank may hold {cap:g}")
+                self._report("memory", rank, index, f"holds {held:g} of memory here, but the rank may hold {cap:g}")
 
 
 def deadlocks_when_blocking(table: ScheduleTable) -> bool:

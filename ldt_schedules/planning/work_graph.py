@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from ldt_schedules.planning.actions import Action, Kind
 from ldt_schedules.planning.dependencies import Dataflow, Value, What
+from ldt_schedules.planning.memory import change
 from ldt_schedules.planning.problem import Problem
 from ldt_schedules.planning.table import ComputeOrder
 
@@ -32,7 +33,6 @@ class Arc:
     latency: float = 0.0
     transmission: float = 0.0
     resource: int = -1
-    remote: bool = False
 
     @property
     def delay(self) -> float:
@@ -58,9 +58,11 @@ class Work:
 
 @dataclass(frozen=True)
 class WorkGraph:
-    """Works in an order in which every one comes after what it needs; `into[w]` and `out[w]` are the arcs of work w."""
+    """Works in an order in which every one comes after what it needs; `into[w]` and `out[w]` are the arcs of work w.
+    `split` is as in `work_graph`."""
 
     num_ranks: int
+    split: bool
     works: tuple[Work, ...]
     into: tuple[tuple[Arc, ...], ...]
     out: tuple[tuple[Arc, ...], ...]
@@ -89,11 +91,17 @@ class WorkGraph:
         out: list[list[Arc]] = [[] for _ in works]
         for arcs in self.into:
             for arc in arcs:
-                turned = Arc(arc.target, arc.source, arc.delay, 0.0, -1, arc.remote)
+                turned = Arc(arc.target, arc.source, arc.delay)
                 into[arc.source].append(turned)
                 out[arc.target].append(turned)
         return WorkGraph(
-            self.num_ranks, works, tuple(map(tuple, into)), tuple(map(tuple, out)), self.caps, self.num_resources
+            self.num_ranks,
+            self.split,
+            works,
+            tuple(map(tuple, into)),
+            tuple(map(tuple, out)),
+            self.caps,
+            self.num_resources,
         )
 
     def order(self, starts: Sequence[Sequence[float]]) -> ComputeOrder:
@@ -142,7 +150,13 @@ class _Builder:
                 out[arc.source].append(arc)
         caps = tuple(self.problem.cap(rank) for rank in range(self.layout.num_ranks))
         return WorkGraph(
-            self.layout.num_ranks, tuple(works), tuple(into), tuple(map(tuple, out)), caps, len(self.resources)
+            self.layout.num_ranks,
+            self.split,
+            tuple(works),
+            tuple(into),
+            tuple(map(tuple, out)),
+            caps,
+            len(self.resources),
         )
 
     def _is_implied(self, value: Value) -> bool:
@@ -156,8 +170,7 @@ class _Builder:
         return kinds
 
     def _work(self, kind: Kind, stage: int, domain: int, members: tuple[int, ...]) -> Work:
-        held, kept = self.costs.held(stage), self.costs.held_after_input_grad(stage)
-        frees = {Kind.F: 0.0, Kind.B: held, Kind.I: held - kept, Kind.W: kept}[kind]
+        more = change(Action(kind, stage, members[:1]), self.costs)
         return Work(
             kind=kind,
             stage=stage,
@@ -165,8 +178,8 @@ class _Builder:
             rank=self.layout.rank_of(stage, members[0]),
             microbatches=members,
             durations=tuple(self.costs.time(kind, stage, m) for m in members),
-            takes=held if kind is Kind.F else 0.0,
-            frees=frees,
+            takes=max(0.0, more),
+            frees=max(0.0, -more),
         )
 
     def _arc(self, source: int, target: int, value: Value, works: list[Work]) -> Arc:
@@ -175,15 +188,14 @@ class _Builder:
         receiver = self.layout.rank_of(value.stage, value.microbatch)
         if sender == receiver:
             return Arc(source, target)
-        link = self.costs.link(sender, receiver)
-        forward = value.what is What.INPUT
-        first, second = (value.other, value.stage) if forward else (value.stage, value.other)
-        transmission = link.transmission(self.costs.size(first, second, forward))
-        resource = -1
-        if transmission > 0:
-            key = link.resource or (sender, receiver)
-            resource = self.resources.setdefault(key, len(self.resources))
-        return Arc(source, target, link.latency, transmission, resource, True)
+        transmission, latency, wire = self.costs.passage(sender, receiver, value.edge)
+        resource = self.resources.setdefault(wire, len(self.resources)) if transmission > 0 else -1
+        return Arc(source, target, latency, transmission, resource)
+
+
+def split_of(problem: Problem, order: ComputeOrder) -> bool:
+    """The `split` of the work graph that an order is one of: does it split a backward that could be done in one piece?"""
+    return any(action.kind is Kind.I and problem.costs.can(Kind.B, action.stage) for row in order for action in row)
 
 
 def backward_kinds(problem: Problem, stage: int, split: bool) -> tuple[Kind, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,15 +53,31 @@ def get(content: dict[str, Any], key: str, kind: type) -> Any:
     return value
 
 
+def number_of(value: object, what: str, expected: str = "a number") -> float:
+    """A number of a file, be it one of the NaN and Infinity that Python's JSON knows.
+
+    Raises:
+        ScheduleError: no number, or more digits than a float can hold.
+    """
+    try:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    except OverflowError:
+        pass
+    raise ScheduleError(f"{what} is {value!r}; expected {expected}")
+
+
 def time_of(value: object, what: str) -> float:
     """A point in time of a step, in whatever unit the file has.
 
     Raises:
-        ScheduleError: no number, before the start of the step, or one of the NaN and Infinity that Python's JSON knows.
+        ScheduleError: no finite number, or before the start of the step.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
-        raise ScheduleError(f"{what} is {value!r}; expected a time of 0 or more")
-    return float(value)
+    expected = "a time of 0 or more"
+    time = number_of(value, what, expected)
+    if not 0 <= time < math.inf:
+        raise ScheduleError(f"{what} is {value!r}; expected {expected}")
+    return time
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from typing import Any
 
 from ldt_schedules.planning.costs import Costs, Link, PerMicrobatch
 from ldt_schedules.planning.errors import ScheduleError
-from ldt_schedules.planning.formats.json_object import expect_keys, get, parse_object
+from ldt_schedules.planning.formats.json_object import expect_keys, get, number_of, parse_object
 from ldt_schedules.planning.layout import Layout, Stage
 from ldt_schedules.planning.problem import Problem
 
@@ -61,7 +61,7 @@ def loads(text: str) -> Problem:
         _count(content, "domains")
     layout = Layout(_stages(stages, edges, content.get("domains")), ranks, _domain_of(content))
     caps = _list(content, "mem_cap", [])
-    memory_cap = tuple(None if cap is None else _number(cap, f"mem_cap of rank {r}") for r, cap in enumerate(caps))
+    memory_cap = tuple(None if cap is None else number_of(cap, f"mem_cap of rank {r}") for r, cap in enumerate(caps))
     return Problem(layout, microbatches, _costs(content, stages, edges, microbatches), memory_cap)
 
 
@@ -120,12 +120,6 @@ def _count(content: dict[str, Any], key: str) -> int:
     return value
 
 
-def _number(value: object, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ScheduleError(f"{what} is {value!r}; expected a number")
-    return float(value)
-
-
 def _numbers(entry: dict[str, Any], key: str, stage: int, microbatches: int) -> PerMicrobatch:
     value = entry.get(key)
     if isinstance(value, list):
@@ -136,7 +130,7 @@ def _numbers(entry: dict[str, Any], key: str, stage: int, microbatches: int) -> 
 
 
 def _time(value: object, what: str) -> float:
-    number = _number(value, what)
+    number = number_of(value, what)
     if number < 0 or not math.isfinite(number):
         raise ScheduleError(f"{what} is {number:g}; it must be a finite number of 0 or more")
     return number
@@ -178,8 +172,8 @@ def _link(entry: object) -> tuple[int, int, Link]:
     bandwidth = entry.get("bandwidth")
     try:
         link = Link(
-            latency=_number(entry.get("latency") or 0, "latency"),
-            bandwidth=None if bandwidth is None else _number(bandwidth, "bandwidth"),
+            latency=number_of(entry.get("latency") or 0, "latency"),
+            bandwidth=None if bandwidth is None else number_of(bandwidth, "bandwidth"),
             resource=entry.get("resource"),
         )
         if link.resource is not None and not isinstance(link.resource, str):

@@ -45,12 +45,7 @@ class Trace:
     unit: str = SECONDS
 
     def __post_init__(self) -> None:
-        if self.num_microbatches < 1:
-            raise ScheduleError(f"a step needs at least 1 microbatch, got {self.num_microbatches}")
-        if self.layout.domain_of and len(self.layout.domain_of) != self.num_microbatches:
-            raise ScheduleError(
-                f"domain_of has {len(self.layout.domain_of)} entries for {self.num_microbatches} microbatches"
-            )
+        self.layout.check_microbatches(self.num_microbatches)
         num_ranks = self.layout.num_ranks
         if self.timeline.num_ranks != num_ranks or len(self.timeline.exposed) not in (0, num_ranks):
             raise ScheduleError(f"the timeline does not have the pipeline ranks 0..{num_ranks - 1} of the layout")

@@ -15,16 +15,16 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from ldt_schedules.planning.actions import Action, Kind
+from ldt_schedules.planning.actions import Action
 from ldt_schedules.planning.bounds import lower_bounds
 from ldt_schedules.planning.bulk import many_objects
 from ldt_schedules.planning.errors import ScheduleError
-from ldt_schedules.planning.memory import first_excess, peak_memory
-from ldt_schedules.planning.planners.improvement import CLOSE_ENOUGH, Search, repeated
+from ldt_schedules.planning.memory import first_excess, fits, peak_memory
+from ldt_schedules.planning.planners.improvement import BOUND_REACHED, Search, repeated
 from ldt_schedules.planning.planners.list_scheduling import Plan, Targets
 from ldt_schedules.planning.planners.priorities import seeds
 from ldt_schedules.planning.planners.published import published, with_backwards
-from ldt_schedules.planning.problem import MEMORY_SLACK, Problem
+from ldt_schedules.planning.problem import Problem
 from ldt_schedules.planning.simulator import simulate
 from ldt_schedules.planning.table import ComputeOrder
 from ldt_schedules.planning.work_graph import WorkGraph, work_graph
@@ -57,15 +57,14 @@ def _plan(problem: Problem, split: bool, effort: int) -> ComputeOrder:
     bound = lower_bounds(problem, split).best
     known = with_backwards(problem, published(problem), split)
     timeline = simulate(problem.layout, known, problem.costs)
-    peaks = peak_memory(timeline, problem.costs)
-    fits = all(peak <= problem.cap(rank) + MEMORY_SLACK for rank, peak in enumerate(peaks))
-    if fits and timeline.makespan <= bound * (1 + CLOSE_ENOUGH):
+    known_fits = fits(peak_memory(timeline, problem.costs), problem)
+    if known_fits and timeline.makespan <= bound * (1 + BOUND_REACHED):
         return known
     graph = work_graph(problem, split)
     found = _search(problem, graph, bound, effort, known)
     if found is None:
-        return known if fits else _one_at_a_time(problem, graph)
-    return known if fits and timeline.makespan <= found.makespan else graph.order(found.starts)
+        return known if known_fits else _one_at_a_time(problem, graph)
+    return known if known_fits and timeline.makespan <= found.makespan else graph.order(found.starts)
 
 
 def _search(
@@ -73,7 +72,7 @@ def _search(
 ) -> Plan | None:
     size = graph.num_instances
     huge = size * _HUGE > effort
-    search = Search(problem, graph, bound, _HUGE_TOLERANCE if huge else CLOSE_ENOUGH)
+    search = Search(problem, graph, bound, _HUGE_TOLERANCE if huge else BOUND_REACHED)
     plans: list[Plan | None] = []
     short = _short_step(problem, graph)
     if huge and short is not None:  # passes over the long step are dear, those over the short one are not
@@ -108,9 +107,8 @@ def _from_short_step(
 ) -> list[Plan | None]:
     """Schedules whose middle repeats that of a thorough plan for fewer microbatches."""
     small = replace(problem, num_microbatches=num_microbatches)
-    split = any(work.kind is Kind.I for work in graph.works)
-    bound = lower_bounds(small, split).best
-    plan = _search(small, work_graph(small, split), bound, effort)
+    bound = lower_bounds(small, graph.split).best
+    plan = _search(small, work_graph(small, graph.split), bound, effort)
     plans: list[Plan | None] = []
     if plan is not None:
         for targets in repeated(plan, [len(work.durations) for work in graph.works]):

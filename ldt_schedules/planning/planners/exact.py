@@ -33,14 +33,14 @@ from typing import Any
 
 from ldt_schedules.planning.actions import Action
 from ldt_schedules.planning.errors import ScheduleError
-from ldt_schedules.planning.memory import peak_memory
+from ldt_schedules.planning.memory import fits, peak_memory
 from ldt_schedules.planning.problem import MEMORY_SLACK, Problem
 from ldt_schedules.planning.simulator import simulate
 from ldt_schedules.planning.table import ComputeOrder
 from ldt_schedules.planning.timeline import Timeline
 from ldt_schedules.planning.work_graph import Arc, WorkGraph, work_graph
 
-CLOSE_ENOUGH = 1e-6
+ROUNDING = 1e-6
 """An order this close (relative) to its bound is optimal: what rounding and sums of floats may cost, and no more."""
 
 _TIME_STEPS = 2**30
@@ -58,8 +58,8 @@ class ExactPlan:
 
     @property
     def is_optimal(self) -> bool:
-        """Is it proven that nothing is better, but for `CLOSE_ENOUGH`?"""
-        return self.makespan <= self.lower_bound * (1 + CLOSE_ENOUGH)
+        """Is it proven that nothing is better, but for `ROUNDING`?"""
+        return self.makespan <= self.lower_bound * (1 + ROUNDING)
 
 
 def exact(
@@ -129,8 +129,7 @@ def _known(problem: Problem, graph: WorkGraph, hint: ComputeOrder) -> Timeline:
 
 
 def _fits(problem: Problem, timeline: Timeline) -> bool:
-    peaks = peak_memory(timeline, problem.costs)
-    return all(peak <= problem.cap(rank) + MEMORY_SLACK for rank, peak in enumerate(peaks))
+    return fits(peak_memory(timeline, problem.costs), problem)
 
 
 class _Model:

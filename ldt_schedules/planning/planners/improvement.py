@@ -24,8 +24,8 @@ from ldt_schedules.planning.problem import Problem
 from ldt_schedules.planning.simulator import simulate
 from ldt_schedules.planning.work_graph import WorkGraph
 
-CLOSE_ENOUGH = 1e-9
-"""A makespan this close (relative) to its bound is optimal."""
+BOUND_REACHED = 1e-9
+"""A makespan this close (relative) to its bound is optimal: nothing is left to look for."""
 
 _MORE_THAN_NOISE = 1e-9
 _NOISE_LENGTHS = (0.3, 1.0, 2.0, 4.0)
@@ -44,7 +44,7 @@ class Search:
     problem: Problem
     graph: WorkGraph
     bound: float
-    tolerance: float = CLOSE_ENOUGH
+    tolerance: float = BOUND_REACHED
     effort: int = 0
     best: Plan | None = None
     forward: ListScheduler = field(init=False)
@@ -170,11 +170,11 @@ def repeated(short: Plan, counts: list[int], max_period: int = 4) -> Iterator[Ta
     for q in range(1, max_period + 1):
         if shortest <= q:
             return
+        lengths = sorted(row[(len(row) - q) // 2 + q] - row[(len(row) - q) // 2] for row in short.starts)
+        period = lengths[len(lengths) // 2]
         targets = []
         for starts, count in zip(short.starts, counts, strict=True):
             middle = (len(starts) - q) // 2
-            lengths = sorted(row[(len(row) - q) // 2 + q] - row[(len(row) - q) // 2] for row in short.starts)
-            period = lengths[len(lengths) // 2]
             longer = list(starts[: middle + q])
             extra = count - len(starts)
             for _ in range(extra):

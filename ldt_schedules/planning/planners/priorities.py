@@ -17,7 +17,7 @@ too. A share limits what one stage may hold; the rank's cap holds in any case.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ldt_schedules.planning.actions import Kind
 from ldt_schedules.planning.planners.list_scheduling import Rules, Targets
@@ -36,6 +36,9 @@ _SEVERAL = (
     (3.0, 2.0, 1.0, 4.0),
 )
 _SINGLE = ((1.0, 2.0), (2.0, 1.0))
+
+_Shares = Callable[[WorkGraph, list[int], float], list[float]]
+"""`(graph, works of one rank that take memory, its cap) -> what each of their stages may hold`."""
 
 
 def seeds(graph: WorkGraph) -> Iterator[tuple[Targets, Rules]]:
@@ -106,7 +109,7 @@ def _by_holding_time(graph: WorkGraph, works: list[int], cap: float) -> list[flo
     return [_whole(cap * weight / total, graph.works[w].takes) for w, weight in zip(works, weights, strict=True)]
 
 
-def _inner(count: float):  # type: ignore[no-untyped-def]
+def _inner(count: float) -> _Shares:
     """`count` activations (or, below 1, that part of the cap) for each inner stage, the rest for the outermost."""
 
     def shares(graph: WorkGraph, works: list[int], cap: float) -> list[float]:
