@@ -174,10 +174,10 @@ class _Source:
         """For tables of this kind, fused or split, without limits of memory: the table may not keep to them."""
         from ldt_schedules.planning.bounds import lower_bounds
         from ldt_schedules.planning.problem import Problem
-        from ldt_schedules.planning.work_graph import split_of
+        from ldt_schedules.planning.table import is_split
 
         problem = Problem(table.layout, table.num_microbatches, self.costs)
-        return lower_bounds(problem, split_of(problem, table.ranks)).best
+        return lower_bounds(problem, is_split(table.ranks)).best
 
 
 def _places(layout: Layout) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

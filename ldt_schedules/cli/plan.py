@@ -178,7 +178,9 @@ def _candidates(schedule: str | None, problem: Problem, quiet: bool) -> list[Eva
 
 def _chosen(candidates: list[Evaluation]) -> Evaluation:
     """The fastest that fits and whose backwards are in one piece (what every runtime executes), else the fastest."""
-    return min(candidates, key=lambda one: (not one.fits, not one.is_fused, one.makespan))
+    from ldt_schedules.planning.table import is_split
+
+    return min(candidates, key=lambda one: (not one.fits, is_split(one.order), one.makespan))
 
 
 def _table(chosen: Evaluation, problem: Problem, forward_only: bool) -> ScheduleTable:

@@ -16,9 +16,9 @@ from ldt_schedules.planning.planners import planner
 from ldt_schedules.planning.planners.priorities import holding_time
 from ldt_schedules.planning.problem import Problem
 from ldt_schedules.planning.simulator import simulate
-from ldt_schedules.planning.table import ComputeOrder
+from ldt_schedules.planning.table import ComputeOrder, is_split
 from ldt_schedules.planning.timeline import Timeline
-from ldt_schedules.planning.work_graph import split_of, work_graph
+from ldt_schedules.planning.work_graph import work_graph
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,6 @@ class Evaluation:
     @property
     def makespan(self) -> float:
         return self.timeline.makespan
-
-    @property
-    def is_fused(self) -> bool:
-        """Is every backward in one piece?"""
-        return all(action.kind is not Kind.I for row in self.order for action in row)
 
     @property
     def distance(self) -> float:
@@ -65,7 +60,7 @@ def evaluate(name: str, problem: Problem, order: ComputeOrder) -> Evaluation:
         name=name,
         order=order,
         timeline=timeline,
-        bounds=lower_bounds(problem, split_of(problem, order)),
+        bounds=lower_bounds(problem, is_split(order)),
         peaks=peaks,
         fits=fits(peaks, problem),
         rate_up=carried[True] / length,
@@ -120,7 +115,7 @@ class Depth:
 
 def depths(problem: Problem, evaluation: Evaluation) -> list[Depth]:
     """For each stage how many microbatches in flight hide the round trip, and how many this plan has."""
-    graph = work_graph(problem, split_of(problem, evaluation.order))
+    graph = work_graph(problem, is_split(evaluation.order))
     load = [0.0] * graph.num_ranks
     for work in graph.works:
         load[work.rank] += sum(work.durations)

@@ -6,12 +6,17 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ldt_schedules.planning.actions import Action
+from ldt_schedules.planning.actions import Action, Kind
 from ldt_schedules.planning.errors import ScheduleError
 from ldt_schedules.planning.layout import Layout
 
 ComputeOrder = tuple[tuple[Action, ...], ...]
 """One tuple of compute actions (F, B, I, W) for each pipeline rank: what a planner returns."""
+
+
+def is_split(rows: ComputeOrder) -> bool:
+    """Is some backward done as I and W?"""
+    return any(action.kind is Kind.I for row in rows for action in row)
 
 
 @dataclass(frozen=True)

@@ -193,11 +193,6 @@ class _Builder:
         return Arc(source, target, latency, transmission, resource)
 
 
-def split_of(problem: Problem, order: ComputeOrder) -> bool:
-    """The `split` of the work graph that an order is one of: does it split a backward that could be done in one piece?"""
-    return any(action.kind is Kind.I and problem.costs.can(Kind.B, action.stage) for row in order for action in row)
-
-
 def backward_kinds(problem: Problem, stage: int, split: bool) -> tuple[Kind, ...]:
     """How a plan does the backward of `stage`: (B,) or (I, W)."""
     can_split, can_fuse = problem.costs.can(Kind.I, stage), problem.costs.can(Kind.B, stage)
