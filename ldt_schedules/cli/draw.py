@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from ldt_schedules.cli import options
 from ldt_schedules.cli.files import reading
 from ldt_schedules.errors import ConfigError
 from ldt_schedules.planning.errors import ScheduleError
@@ -40,21 +41,17 @@ def draw(
         Optional[list[Path]],  # noqa: UP045
         typer.Option("--beside", help="Draw this table or trace too, below, on the same scale; may be repeated."),
     ] = None,
-    ranks: Annotated[Optional[int], typer.Option(help="Pipeline ranks P, the edge counted.")] = None,  # noqa: UP045
-    microbatches: Annotated[Optional[int], typer.Option(help="Microbatches of a step.")] = None,  # noqa: UP045
+    ranks: options.Ranks = None,
+    microbatches: options.Microbatches = None,
     schedule: Annotated[str, typer.Option(help="Planner: ldt_1f1b, gpipe, one_f_one_b, auto or auto_zb.")] = "ldt_1f1b",
-    problem: Annotated[
-        Optional[Path], typer.Option(help="File of a problem (ldt-problem/1): what stages and links cost.")  # noqa: UP045
-    ] = None,
+    problem: options.ProblemFile = None,
     unit: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="Of the times in the problem; s puts a plan on one scale with measured traces."),
     ] = None,
-    latency: Annotated[float, typer.Option(help="Between the sites, one way, in forwards of a stage.")] = 0.0,
-    bandwidth: Annotated[
-        Optional[float], typer.Option(help="Between the sites, in messages per forward; default: no limit.")  # noqa: UP045
-    ] = None,
-    backward: Annotated[float, typer.Option(help="Length of a backward, in forwards of a stage.")] = 2.0,
+    latency: options.Latency = 0.0,
+    bandwidth: options.Bandwidth = None,
+    backward: options.Backward = 2.0,
     forward_only: Annotated[bool, typer.Option("--forward-only", help="Draw the evaluation.")] = False,
     width: Annotated[Optional[int], typer.Option(help="Characters a line; default: the terminal's.")] = None,  # noqa: UP045
     json_output: Annotated[

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from ldt_schedules.cli import options
 from ldt_schedules.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ _FORMATS = {".json": "json", ".csv": "csv", ".txt": "grid", ".grid": "grid"}
 
 _Config = Annotated[Optional[Path], typer.Argument(help="YAML file of a run: plan its step.")]  # noqa: UP045
 _Overrides = Annotated[Optional[list[str]], typer.Argument(help="section.key=value, for a config.")]  # noqa: UP045
-_ProblemFile = Annotated[Optional[Path], typer.Option("--problem", help="File of a problem (ldt-problem/1).")]  # noqa: UP045
 _Measure = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option("--measure", help="With a config: take the times from this run's trace (train.trace_iterations)."),
@@ -39,6 +39,14 @@ _Memory = Annotated[
         "one has now, the edge 4x), 8GiB, or one amount a rank. Default: dev; of a problem, its own mem_cap."
     ),
 ]
+_SaveProblem = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--save-problem", help="Write what was planned, costs and memory, as a problem (ldt-problem/1)."),
+]
+_Format = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--format", help="Of the file: json, grid or csv; default: as its name ends."),
+]
 _Out = Annotated[Optional[Path], typer.Option("--out", "--output", "-o", help="Write the table: .json, .csv, .txt.")]  # noqa: UP045
 
 
@@ -50,18 +58,15 @@ def register(app: typer.Typer) -> None:
 def plan(
     config: _Config = None,
     overrides: _Overrides = None,
-    problem: _ProblemFile = None,
+    problem: options.ProblemFile = None,
     measure: _Measure = None,
-    ranks: Annotated[Optional[int], typer.Option(help="Pipeline ranks P, the edge counted.")] = None,  # noqa: UP045
-    microbatches: Annotated[Optional[int], typer.Option(help="Microbatches of a step.")] = None,  # noqa: UP045
+    ranks: options.Ranks = None,
+    microbatches: options.Microbatches = None,
     domains: Annotated[int, typer.Option(help="Cloud pipelines that the edge serves.")] = 1,
     laps: Annotated[int, typer.Option(help="Times the pipeline goes round: 2 for vision and language.")] = 1,
-    latency: Annotated[float, typer.Option(help="Between the sites, one way, in forwards of an edge stage.")] = 0.0,
-    bandwidth: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(help="Between the sites, in messages per forward; default: no limit."),
-    ] = None,
-    backward: Annotated[float, typer.Option(help="Length of a backward, in forwards of its stage.")] = 2.0,
+    latency: options.Latency = 0.0,
+    bandwidth: options.Bandwidth = None,
+    backward: options.Backward = 2.0,
     cloud: Annotated[
         float, typer.Option(help="Length of a cloud stage's forward, in forwards of an edge stage.")
     ] = 1.0,
@@ -69,14 +74,8 @@ def plan(
     memory: _Memory = None,
     forward_only: Annotated[bool, typer.Option("--forward-only", help="A table for evaluation.")] = False,
     out: _Out = None,
-    save_problem: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--save-problem", help="Write what was planned, costs and memory, as a problem (ldt-problem/1)."),
-    ] = None,
-    format_name: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--format", help="Of the file: json, grid or csv; default: as its name ends."),
-    ] = None,
+    save_problem: _SaveProblem = None,
+    format_name: _Format = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
 ) -> None:
     """Plan a step: how long it takes, what each rank holds, how far it is from the proven limit, what would help.

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldt_schedules.planning import Action, Kind, Layout, ScheduleError, Stage
+from ldt_schedules.planning import Action, Kind, Layout, ScheduleError, ScheduleTable, Stage
 
 ACTIONS = st.builds(
     lambda kind, stage, microbatches, ends: Action(kind, stage, microbatches, *(() if kind.is_compute else ends)),
@@ -88,6 +88,13 @@ def test_domains_share_out_microbatches():
 def test_impossible_layouts_are_refused(stages, message):
     with pytest.raises(ScheduleError, match=message):
         Layout(stages)
+
+
+@pytest.mark.parametrize("domain_of", [(0,), (0, 1, 0)])
+def test_a_domain_for_each_microbatch_of_a_table(domain_of):
+    layout = Layout(Layout.u(2, domains=2).stages, 3, domain_of)
+    with pytest.raises(ScheduleError, match=f"domain_of has {len(domain_of)} entries for 2 microbatches"):
+        ScheduleTable.from_rows(layout, 2, [[], [], []])
 
 
 def test_a_rank_and_a_domain_that_do_not_exist():

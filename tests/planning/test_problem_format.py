@@ -139,6 +139,7 @@ BAD = {
     "negative mem": (altered(stage=0, mem=-2), ['stage 0: "mem" is -2']),
     "more stays than is held": (altered(stage=1, mem=2, mem_w=3), ["stage 1 holds 2, so 3 cannot stay"]),
     "not a number": (altered(stage=1, f="fast"), ["stage 1: \"f\" is 'fast'", "expected a number"]),
+    "more digits than a float has": (altered(stage=1, f=10**400), ['stage 1: "f" is 1000', "expected a number"]),
     "true is no number": (altered(stage=1, f=True), ['stage 1: "f" is True']),
     "not finite, with its stage": (altered().replace('"f": 2', '"f": Infinity'), ["stage 1"]),
     "no forward": (altered(stage=1, drop=["f"]), ['stage 1: "f" is missing']),
