@@ -72,7 +72,7 @@ def _candidates(given: PlanInput, problem: Problem, found: Sequence[Evaluation],
         table.add_row(
             f"[bold]{candidate.name}[/bold] ◄" if candidate is chosen else candidate.name,
             time_text(candidate.makespan, given.time_unit),
-            f"{candidate.distance - 1:.1%}" if candidate.fits else "",
+            _over(candidate.distance) if candidate.fits else "",
             f"{candidate.timeline.bubble:.1%}",
             f"{sum(candidate.timeline.exposed) / problem.layout.num_ranks / candidate.makespan:.1%}",
             _rate(max(candidate.rate_up, candidate.rate_down), given.memory_unit),
@@ -89,7 +89,7 @@ def _worth(given: PlanInput) -> Table | None:
     table = _new(f"What more memory would buy ({name})", ("budget", "step", "over the bound", "peak memory"))
     for worth in worth_of_memory(name, given.problem, COMPARED):
         table.add_row(
-            worth.budget, time_text(worth.makespan, given.time_unit), f"{worth.makespan / worth.bound - 1:.1%}",
+            worth.budget, time_text(worth.makespan, given.time_unit), _over(worth.distance),
             _memories(worth.peaks, given.memory_unit),
         )  # fmt: skip
     return table
@@ -117,9 +117,14 @@ def _verdict(given: PlanInput, chosen: Evaluation) -> str:
         "memory": "the memory of a rank",
     }
     return (
-        f"{chosen.name}: {time_text(chosen.makespan, given.time_unit)} a step, {chosen.distance - 1:.2%} over the proven "
+        f"{chosen.name}: {time_text(chosen.makespan, given.time_unit)} a step, {_over(chosen.distance, 2)} over the proven "
         f"bound of {time_text(chosen.bounds.best, given.time_unit)}, which {limits[chosen.bounds.reason]} sets"
     )
+
+
+def _over(distance: float, digits: int = 1) -> str:
+    """A bound that is met may, by rounding, lie a hair above the step."""
+    return f"{max(0.0, distance - 1):.{digits}%}"
 
 
 def _new(title: str, columns: Sequence[str]) -> Table:

@@ -42,7 +42,11 @@ class Evaluation:
     @property
     def distance(self) -> float:
         """Makespan over the proven lower bound, 1 at best."""
-        return self.makespan / self.bounds.best if self.bounds.best else 1.0
+        return _distance(self.makespan, self.bounds.best)
+
+
+def _distance(makespan: float, bound: float) -> float:
+    return makespan / bound if bound else 1.0
 
 
 def evaluate(name: str, problem: Problem, order: ComputeOrder) -> Evaluation:
@@ -81,6 +85,11 @@ class Worth:
     makespan: float
     bound: float
     peaks: tuple[float, ...]
+
+    @property
+    def distance(self) -> float:
+        """As `Evaluation.distance`."""
+        return _distance(self.makespan, self.bound)
 
 
 def worth_of_memory(name: str, problem: Problem, budgets: tuple[str, ...] = COMPARED) -> list[Worth]:
