@@ -29,6 +29,7 @@ from ldt_schedules.planning.problem import Problem
 from tests.planning.random_problems import random_costs, random_layout, same, with_domain_of
 
 MANY = os.environ.get("LDT_MANY") == "1"
+pytestmark = [pytest.mark.timeout(3600)] if MANY else []
 EXAMPLES = 10_000 if MANY else 300
 QUICK = 2000
 SEARCHING = {"auto": auto, "auto_zb": auto_zb}
