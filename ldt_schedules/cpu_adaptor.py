@@ -22,6 +22,9 @@ _CPU = torch.device("cpu")
 class CpuStream:
     """A stream of a device that has none: every wait is over at once."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Takes what a stream of a device takes (device, priority)."""
+
     def wait_stream(self, stream: object) -> None:
         """Nothing runs ahead on a CPU."""
 
@@ -50,6 +53,11 @@ def zero(original: Function) -> Function:
 def a_stream(original: Function) -> Function:
     """`torch.cuda.current_stream` and friends."""
     return lambda *args, **kwargs: CpuStream()
+
+
+def stream_class(original: type) -> type:
+    """`torch.cuda.Stream`."""
+    return CpuStream
 
 
 def stream_context(original: Function) -> Function:

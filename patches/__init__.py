@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ldt_schedules import device
-from patches import cpu, manager, megatron_core
+from patches import cpu, manager, megatron_core, megatron_training
 
 
 def apply_all() -> None:
@@ -15,6 +15,17 @@ def apply_all() -> None:
     if device.device_type() == "cpu":
         manager.apply(cpu.PATCHES)
     manager.apply(megatron_core.PATCHES)
+
+
+def apply_for_megatron_lm() -> None:
+    """Apply what a process of Megatron-LM's own training loop needs. Raises as `apply_all` does.
+
+    Without a session, which `ldt launch` makes when the switch is on, every patched function answers as before.
+    """
+    apply_all()
+    if device.device_type() == "cpu":
+        manager.apply(cpu.MEGATRON_LM_PATCHES)
+    manager.apply(megatron_training.PATCHES)
 
 
 def revert_all() -> None:

@@ -54,3 +54,37 @@ PATCHES: tuple[Patch, ...] = (
         signatures=(("new_state", "device", "graph_safe"), ("new_state", "device")),
     ),
 )
+
+MEGATRON_LM_PATCHES: tuple[Patch, ...] = (
+    Patch(
+        target="torch.cuda:device_count",
+        factory="ldt_schedules.megatron_lm.cpu:one_device",
+        reason="megatron.training makes its parallel groups only where there is a device",
+        package="torch",
+        versions=">=2.6",
+    ),
+    Patch(
+        target="torch.cuda:Stream",
+        factory="ldt_schedules.cpu_adaptor:stream_class",
+        reason="megatron.training wraps models in DistributedDataParallel on a stream of its own",
+        package="torch",
+        versions=">=2.6",
+    ),
+    Patch(
+        target="megatron.core.datasets.utils:compile_helpers",
+        factory="ldt_schedules.megatron_lm.cpu:compiled_or_made",
+        reason="calls `make` even where the helpers are compiled, as in the wheel, which has no makefile",
+        package="megatron-core",
+        versions=">=0.12.1,<0.17",
+        signatures=((),),
+    ),
+    Patch(
+        target="megatron.legacy.fused_kernels:load",
+        factory="ldt_schedules.megatron_lm.cpu:no_kernels",
+        reason="asks nvcc for its version",
+        package="megatron-core",
+        versions=">=0.12.1,<0.17",
+        signatures=(("args",),),
+    ),
+)
+"""For the training scripts of a Megatron-LM checkout, besides the above."""

@@ -11,10 +11,13 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
+import runpy
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
@@ -73,11 +76,12 @@ class PatchManager:
             PatchError: with every misfit, one a line.
         """
         wanted = [patch for patch in patches if patch.target not in self.applied]
-        problems = [problem for patch in wanted if (problem := _misfit(patch))]
+        problems = misfits(wanted)
         if problems:
             raise PatchError("these patches do not fit what is installed:\n  " + "\n  ".join(problems))
-        factories = [_load(patch.factory) for patch in wanted]
-        applied = [_apply(patch, factory) for patch, factory in zip(wanted, factories, strict=True)]
+        for patch in wanted:
+            _load(patch.factory)
+        applied = [_apply(patch) for patch in wanted]
         self.applied.update((one.patch.target, one) for one in applied)
         _rebind([(one.original, one.replacement) for one in applied])
 
@@ -93,11 +97,28 @@ class PatchManager:
         _rebind([(one.replacement, one.original) for one in reverted])
 
 
-def _apply(patch: Patch, factory: Callable[[Any], Any]) -> _Applied:
-    owner, name, original = _resolve(patch.target)
-    replacement = factory(original)
+def misfits(patches: Iterable[Patch]) -> list[str]:
+    """What is wrong with `patches` on this machine, one line each; empty when all of them can be applied."""
+    return [problem for patch in patches if (problem := _misfit(patch))]
+
+
+def replacement_for(patch: Patch, original: Any) -> Any:
+    """What takes the place of `original`, with its name and docstring."""
+    replacement = _load(patch.factory)(original)
     if not hasattr(replacement, "__wrapped__") and inspect.isfunction(replacement) and callable(original):
         functools.update_wrapper(replacement, original)
+    return replacement
+
+
+def is_static(patch: Patch) -> bool:
+    """Is the target a static method of a class?"""
+    owner, name, _ = _resolve(patch.target)
+    return isinstance(vars(owner).get(name), staticmethod)
+
+
+def _apply(patch: Patch) -> _Applied:
+    owner, name, original = _resolve(patch.target)
+    replacement = replacement_for(patch, original)
     was = vars(owner).get(name)
     setattr(owner, name, staticmethod(replacement) if isinstance(was, staticmethod) else replacement)
     return _Applied(patch, owner, name, original, replacement, was)
@@ -124,7 +145,22 @@ def _misfit(patch: Patch) -> str | None:
 
 @functools.lru_cache
 def _version(package: str) -> str:
+    """The version of what would be imported.
+
+    A checkout of Megatron on the path has no entry in the list of installed packages, or hides one of another version, so
+    its own file is read. Not imported: who patches MindSpeed must be first.
+    """
+    if package == "megatron-core":
+        for folder in _folders("megatron"):
+            file = Path(folder) / "core" / "package_info.py"
+            if file.is_file():
+                return str(runpy.run_path(str(file))["__version__"])
     return importlib.metadata.version(package)
+
+
+def _folders(package: str) -> list[str]:
+    spec = importlib.util.find_spec(package)
+    return [] if spec is None else list(spec.submodule_search_locations or ())
 
 
 def _resolve(target: str) -> tuple[Any, str, Any]:

@@ -64,6 +64,21 @@ PATCHES: tuple[Patch, ...] = (
         (("grads_for_norm", "norm_type", "grad_stats_parallel_group"),),
     ),
     _core(
+        "optimizer.clip_grads:count_zeros_fp32",
+        "cross_site:zeros_of_both_sites",
+        "the same for the number of zeros (--log-num-zeros-in-grad)",
+        (
+            ("parameters", "grad_stats_parallel_group", "use_decoupled_grad"),
+            ("parameters", "grad_stats_parallel_group", "use_decoupled_grad", "tp_group"),
+        ),
+    ),
+    _core(
+        "transformer.transformer_block:TransformerBlock.sharded_state_dict",
+        "checkpoints:a_key_for_each_layer",
+        "a key that stacks all layers cannot be saved by a site that holds some",
+        (("self", "prefix", "sharded_offsets", "metadata"),),
+    ),
+    _core(
         "optimizer.optimizer:MixedPrecisionOptimizer._unscale_main_grads_and_check_for_nan",
         "cross_site:overflow_on_either_site",
         "an overflow on one site must make both skip the step and lower both loss scales",

@@ -120,7 +120,7 @@ def _check_site(path: Path, config: TrainConfig, site: Site) -> None:
         )
     started = _number_in_environment("WORLD_SIZE")
     if started is None and needed == 1:
-        from ldt_schedules.training.local_run import free_ports
+        from ldt_schedules.comm.ports import free_ports
 
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(free_ports(1)[0]))

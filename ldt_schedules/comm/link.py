@@ -8,6 +8,7 @@ all at once, in one order: groups made lazily, by whoever needs them first, dead
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -19,6 +20,7 @@ from ldt_schedules import device
 from ldt_schedules.errors import ConfigError, LdtError
 from ldt_schedules.planning.channels import Lane
 
+_POLL_S = 0.02
 _BACKENDS = ("gloo", "nccl", "hccl")
 
 
@@ -106,6 +108,7 @@ def connect(
             `nccl` or `hccl`.
 
     Raises:
+        ConfigError: the sites count different numbers of processes.
         LdtError: the others did not come in time, or the port cannot be opened.
     """
     chosen = device.collective_backend() if backend == "auto" else backend
@@ -117,6 +120,7 @@ def connect(
             host_name=host, port=port, is_master=listen, timeout=timeout, wait_for_workers=False, use_libuv=True
         )
         rank, size = global_rank, total_processes
+        _meet(dist.PrefixStore(f"{name}/meeting", store), size, timeout_s)
         channels = {
             lane: Channel(
                 _raw_group(chosen, store, f"{name}/{lane.name}", rank, size, timeout), device.new_stream(), chosen
@@ -124,12 +128,36 @@ def connect(
             for lane in Lane
         }
         scalars = _raw_group("gloo", store, f"{name}/scalars", rank, size, timeout)
-    except (dist.DistError, RuntimeError) as error:
+    except (dist.DistError, RuntimeError, TimeoutError) as error:
         raise LdtError(
             f"could not join the link at {host}:{port} within {timeout_s:g} s as process {global_rank} of "
             f"{total_processes} ({error}); are all processes of both sites started with the same link.address?"
         ) from error
     return Link(rank, size, dist.PrefixStore(f"{name}/control", store), channels, scalars, timeout_s)
+
+
+def _meet(store: Any, total_processes: int, timeout_s: float) -> None:
+    """Return when every process of both sites is here.
+
+    The first to come says how many there are. Groups of unequal sizes would wait for each other until the deadline.
+
+    Raises:
+        ConfigError: the sites were started for different numbers of processes.
+        TimeoutError: some did not come in time.
+    """
+    first = int(store.compare_set("size", "", str(total_processes)))
+    if first != total_processes:
+        store.set("refused", f"one site was started for {first} processes in all and the other for {total_processes}")
+    here, deadline = store.add("here", 1), time.monotonic() + timeout_s
+    while here < first and not store.check(["refused"]):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{here} of {first} processes came")
+        time.sleep(_POLL_S)
+        here = store.add("here", 0)
+    if store.check(["refused"]):
+        why = store.get("refused").decode()
+        time.sleep(_POLL_S * 50)  # the process that holds the store stays until the others have read it too
+        raise ConfigError(f"{why}; give both sites the same parallel sizes")
 
 
 def _raw_group(backend: str, store: Any, prefix: str, rank: int, size: int, timeout: timedelta) -> Any:

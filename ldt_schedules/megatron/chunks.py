@@ -20,7 +20,11 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 from ldt_schedules.errors import ConfigError
 from ldt_schedules.megatron import session
 from ldt_schedules.megatron.layer_span import LayerSpan, config_with_span, span_of, spans
+from ldt_schedules.planning.layout import EDGE_RANK, Layout
 from ldt_schedules.topology import Place, Site
+
+_EMBEDDING_WEIGHT = "embedding.word_embeddings.weight"
+_OUTPUT_WEIGHT = "output_layer.weight"
 
 ModelProvider = Callable[..., MegatronModule]
 """`(config, pre_process=, post_process=) -> model`: Megatron's model provider with the chunk's config put first."""
@@ -39,6 +43,7 @@ class EdgeChunks(MegatronModule):
         self.tail = tail
         self._tail_stage = tail_stage
         self.model_type = _unwrapped(head).model_type
+        self.pg_collection = getattr(_unwrapped(head), "pg_collection", None)  # training loops of 0.16 ask for it
 
     @property
     def stage_modules(self) -> dict[int, torch.nn.Module]:
@@ -53,9 +58,41 @@ class EdgeChunks(MegatronModule):
         """Never called: a schedule runs the head or the tail."""
         raise AssertionError("EdgeChunks has no forward of its own; run a stage of stage_modules")
 
+    def state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
+        """`head.…` and `tail.…`, each as the chunk itself names it."""
+        found: dict[str, Any] = {} if destination is None else destination
+        for name, chunk in self._chunks():
+            chunk.state_dict(destination=found, prefix=f"{prefix}{name}.", keep_vars=keep_vars)
+        return found
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The same for megatron-core's checkpoints; keys inside are those of the whole model, a tied weight is there once."""
+        found: dict[str, Any] = {}
+        for name, chunk in self._chunks():
+            for key, value in chunk.sharded_state_dict(prefix, sharded_offsets, metadata).items():
+                found[f"{name}.{key}"] = value
+        if self.shares_parameters:
+            found.pop(f"tail.{prefix}{_OUTPUT_WEIGHT}", None)
+        return found
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True) -> Any:
+        """Takes what the two functions above give."""
+        given = dict(state_dict)
+        if self.shares_parameters and f"head.{_EMBEDDING_WEIGHT}" in given:
+            given[f"tail.{_OUTPUT_WEIGHT}"] = given[f"head.{_EMBEDDING_WEIGHT}"]
+        for name, chunk in self._chunks():
+            start = f"{name}."
+            own = {key.removeprefix(start): value for key, value in given.items() if key.startswith(start)}
+            chunk.load_state_dict(own, strict=strict)
+
+    def _chunks(self) -> tuple[tuple[str, Any], ...]:
+        return (("head", self.head), ("tail", self.tail))
+
 
 def build_chunks(
-    config: Any, layers: tuple[int, ...], place: Place, provider: ModelProvider, tied: bool
+    config: Any, layers: tuple[int, ...], place: Place, provider: ModelProvider, tied: bool, narrowed: bool = True
 ) -> MegatronModule:
     """The module of this process, not yet wrapped in DistributedDataParallel.
 
@@ -64,6 +101,7 @@ def build_chunks(
         layers: layers of each stage, `len(layers) - 1` pipeline ranks.
         provider: makes a GPTModel (or the like) for a chunk.
         tied: the output layer uses the embedding's weight.
+        narrowed: in 16 bits each chunk gets Megatron's Float16Module; without, the training loop puts one around.
 
     Raises:
         ConfigError: the split does not sum to the model's layers, or asks for what a split model cannot do.
@@ -73,27 +111,40 @@ def build_chunks(
     if getattr(config, "mtp_num_layers", None):
         raise ConfigError("multi-token prediction needs the embedding in the tail; set mtp_num_layers to 0")
     stage_spans = spans(layers)
+
+    def stage_module(span: LayerSpan, *, first: bool, last: bool) -> MegatronModule:
+        module = provider(config_with_span(config, span), pre_process=first, post_process=last)
+        return _narrowed(config, module, first, last) if narrowed and (config.fp16 or config.bf16) else module
+
     if len(layers) == 1:
-        return _stage_module(config, stage_spans[0], provider, first=True, last=True)
+        return stage_module(stage_spans[0], first=True, last=True)
     if place.site is Site.CLOUD:
-        return _stage_module(config, stage_spans[place.stage], provider, first=False, last=False)
-    head = _stage_module(config, stage_spans[0], provider, first=True, last=False)
-    tail = _stage_module(config, stage_spans[-1], provider, first=False, last=True)
+        return stage_module(stage_spans[place.stage], first=False, last=False)
+    head = stage_module(stage_spans[0], first=True, last=False)
+    tail = stage_module(stage_spans[-1], first=False, last=True)
     if tied:
         _unwrapped(tail).output_layer.weight = _unwrapped(head).embedding.word_embeddings.weight
     return EdgeChunks(config, head, tail, len(layers) - 1)
 
 
-def _stage_module(config: Any, span: LayerSpan, provider: ModelProvider, *, first: bool, last: bool) -> MegatronModule:
-    chunk_config = config_with_span(config, span)
-    module = provider(chunk_config, pre_process=first, post_process=last)
-    if not (config.fp16 or config.bf16):
-        return module
-    wrapped = Float16Module(chunk_config, module)
+def _narrowed(config: Any, module: MegatronModule, first: bool, last: bool) -> Float16Module:
+    wrapped = Float16Module(config, module)
     if not (first and last):
-        # Float16Module turns the output of "its world's last stage" to float32. Of a split model only the tail is last.
-        wrapped.vp_size, wrapped.vp_stage = 3, 0 if first else 2 if last else 1
+        _count_as(wrapped, 0 if first else 2 if last else 1)
     return wrapped
+
+
+def mark_as_middle(wrapped: Float16Module) -> None:
+    """Tell a Float16Module that neither the model's input nor its loss is here."""
+    _count_as(wrapped, 1)
+
+
+def _count_as(wrapped: Float16Module, part: int) -> None:
+    """Part 0, 1 or 2 of a model of three (head, middle, tail).
+
+    Float16Module turns the output of "its world's last stage" to float32. Of a split model only the tail is last.
+    """
+    wrapped.vp_size, wrapped.vp_stage = 3, part
 
 
 def _unwrapped(module: torch.nn.Module) -> Any:
@@ -109,7 +160,7 @@ def _innermost(model: torch.nn.Module) -> Any:
 
 
 def stage_modules(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
-    """Stage -> what to call for it, from the (wrapped) model a training loop passes.
+    """Stage -> what to call for it, from the one (wrapped) module of a process in a plain U.
 
     The cloud's chunk is called through its wrappers, the edge's head and tail inside them:
     DistributedDataParallel adds nothing to a forward pass but the call.
@@ -119,6 +170,36 @@ def stage_modules(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
         return inner.stage_modules
     run = session.current()
     return {run.place.stage if run is not None else 0: model}
+
+
+def modules_on_rank(chunks: list[torch.nn.Module], layout: Layout, rank: int) -> dict[int, torch.nn.Module]:
+    """Stage -> what to call for it, from the list of (wrapped) chunks a training loop passes.
+
+    A plain U takes one module for each process. A model that goes round L times takes L + 1, in the order of its stages;
+    the edge has a stage for each, a cloud process one less, so the last of its list is an empty module that is never run:
+
+        laps(P, 2)     edge  [stage 0, stage P, stage 2P]        cloud rank r  [stage r, stage P + r, (empty)]
+
+    Raises:
+        ConfigError: a list that does not fit the layout; two chunks with a parameter in common.
+    """
+    laps = len(layout.stages_on(EDGE_RANK)) - 1
+    expected = 1 if laps == 1 else laps + 1
+    if len(chunks) != expected:
+        what = "a site of a U holds one wrapped module" if laps == 1 else f"a U of {laps} laps holds {expected} chunks"
+        raise ConfigError(f"{what}, got a list of {len(chunks)} model chunks")
+    if expected == 1:
+        return stage_modules(chunks[0])
+    seen: set[int] = set()
+    for number, chunk in enumerate(chunks):
+        own = {id(parameter) for parameter in chunk.parameters()}
+        if seen & own:
+            raise ConfigError(
+                f"model chunk {number} shares a parameter with an earlier one; each DistributedDataParallel would keep a "
+                "gradient of its own for it. Untie the embeddings"
+            )
+        seen |= own
+    return dict(zip(layout.stages_on(rank), chunks, strict=False))
 
 
 def shares_parameters(model: torch.nn.Module) -> bool:

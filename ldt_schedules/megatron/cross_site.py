@@ -52,6 +52,17 @@ def grad_norm_of_both_sites(original: Callable[..., float]) -> Callable[..., flo
     return get_grad_norm_fp32
 
 
+def zeros_of_both_sites(original: Callable[..., float]) -> Callable[..., float]:
+    """For `count_zeros_fp32`."""
+
+    @functools.wraps(original)
+    def count_zeros_fp32(*args: Any, **kwargs: Any) -> float:
+        run, mine = session.current(), original(*args, **kwargs)
+        return mine if run is None else sum(both_sites(run, float(mine)))
+
+    return count_zeros_fp32
+
+
 def overflow_on_either_site(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
     """For `_unscale_main_grads_and_check_for_nan`: both sites must hear of it before they update their loss scales."""
 

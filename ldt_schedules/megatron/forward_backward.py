@@ -17,10 +17,10 @@ from ldt_schedules import device
 from ldt_schedules.comm.transport import TensorSpec
 from ldt_schedules.errors import ConfigError
 from ldt_schedules.megatron import session
-from ldt_schedules.megatron.chunks import shares_parameters, stage_modules
+from ldt_schedules.megatron.chunks import modules_on_rank, shares_parameters
 from ldt_schedules.megatron.compatibility import call_with_known
 from ldt_schedules.megatron.cross_site import share_num_tokens
-from ldt_schedules.megatron.grad_sync import GradSync, scale_to_global_batch
+from ldt_schedules.megatron.grad_sync import GradSync, per_chunk, scale_to_global_batch
 from ldt_schedules.megatron.session import Session
 from ldt_schedules.megatron.stages import MegatronStages
 from ldt_schedules.planning.actions import Action, Kind
@@ -63,8 +63,9 @@ def forward_backward_pipelining_without_interleaving(
     """One step of this process: the keywords and the return value are Megatron's (0.12.1 to 0.16.1).
 
     Args:
-        model: at the edge the module with head and tail, in the cloud the chunk; bare or a list of one.
-        data_iterator: read at the edge only.
+        model: at the edge the module with head and tail, in the cloud the chunk; bare or a list of one. For a U of two
+            laps (`ldt_2lap_1f1b`) the list of three chunks that `chunks.modules_on_rank` describes.
+        data_iterator: read at the edge only; of a list (one for each chunk) the first.
         seq_length, micro_batch_size: the activations are `[seq_length, micro_batch_size, hidden]`.
         decoder_seq_length, p2p_communicator: unused; peers stand in the table.
 
@@ -79,9 +80,10 @@ def forward_backward_pipelining_without_interleaving(
     assert run is not None, "no session: get_forward_backward_func would have chosen Megatron's own function"
     chunks = model if isinstance(model, list) else [model]
     config = get_model_config(chunks[0])
-    _refuse_unsupported(run, config, chunks, adjust_tensor_shapes_fn)
+    _refuse_unsupported(run, config, adjust_tensor_shapes_fn)
     table = run.table(num_microbatches, forward_only)
     check_executable(table)
+    modules = modules_on_rank(chunks, table.layout, run.place.pipeline_rank)
     if config.timers is not None:
         config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
 
@@ -92,7 +94,7 @@ def forward_backward_pipelining_without_interleaving(
     stages = MegatronStages(
         run=run,
         config=config,
-        modules=stage_modules(chunks[0]),
+        modules=modules,
         table=table,
         batches=SharedBatches(data_iterator[0] if isinstance(data_iterator, list) else data_iterator),
         grad_sync=grad_sync,
@@ -128,9 +130,7 @@ def _execute(stages: MegatronStages, seq_length: int, micro_batch_size: int) -> 
     stages.batches.assert_empty()
 
 
-def _refuse_unsupported(run: Session, config: Any, chunks: list[Any], adjust_tensor_shapes_fn: object) -> None:
-    if len(chunks) != 1:
-        raise ConfigError(f"a site of a U holds one wrapped module, got a list of {len(chunks)} model chunks")
+def _refuse_unsupported(run: Session, config: Any, adjust_tensor_shapes_fn: object) -> None:
     if adjust_tensor_shapes_fn is not None:
         raise ConfigError(
             "adjust_tensor_shapes_fn changes shapes on one rank only; a U takes them from the step header"
@@ -152,10 +152,9 @@ def _reduces_at_end(run: Session, config: Any, chunk: torch.nn.Module) -> bool:
 
 
 def _start_param_sync(config: Any, chunks: list[Any]) -> None:
-    if config.param_sync_func is not None:
-        functions = config.param_sync_func if isinstance(config.param_sync_func, list) else [config.param_sync_func]
-        for start, chunk in zip(functions, chunks, strict=True):
-            start(chunk.parameters())
+    functions = per_chunk(config.param_sync_func, chunks, "param_sync_func")
+    for start, chunk in zip(functions, chunks if functions else [], strict=True):
+        start(chunk.parameters())
 
 
 def _recompute_window(config: Any, row: tuple[Action, ...]) -> dict[int, int] | None:
@@ -202,11 +201,18 @@ def _local_spec(whole: TensorSpec, run: Session, config: Any) -> TensorSpec:
 
 def _clear_deferred_embedding(run: Session, config: Any, stages: MegatronStages) -> Any:
     """Megatron's `defer_embedding_wgrad_compute`: the tail's buffer must be empty before the step."""
-    tail = stages.modules.get(run.topology.num_pipeline_ranks)
+    tail = _tail(stages)
     if tail is None or config.finalize_model_grads_func is None:
         return None
-    with run.stage(run.topology.num_pipeline_ranks):
-        return call_with_known(schedules.clear_embedding_activation_buffer, config, tail, is_last_stage=True)
+    with run.stage(tail):
+        return call_with_known(
+            schedules.clear_embedding_activation_buffer, config, stages.modules[tail], is_last_stage=True
+        )
+
+
+def _tail(stages: MegatronStages) -> int | None:
+    """The stage that computes the loss, if it stands in this process."""
+    return next((stage for stage in stages.modules if stages.table.layout.is_tail(stage)), None)
 
 
 def _finish_gradients(
@@ -220,10 +226,11 @@ def _finish_gradients(
 ) -> None:
     if config.finalize_model_grads_func is None:
         return
-    if embedding_module is not None:
+    tail = _tail(stages)
+    if embedding_module is not None and tail is not None:
         from megatron.core import parallel_state
 
-        with run.stage(run.topology.num_pipeline_ranks):
+        with run.stage(tail):
             call_with_known(
                 schedules.finish_embedding_wgrad_compute,
                 config,
@@ -235,8 +242,9 @@ def _finish_gradients(
     if config.calculate_per_token_loss:
         num_tokens = stages.num_tokens
         share_num_tokens(run, num_tokens)
-    optional = {"force_all_reduce": force_all_reduce}
+    # A trainer's wrapper takes any keyword and hands it on to a Megatron that may not know it: only what was asked for.
+    optional: dict[str, Any] = {"force_all_reduce": True} if force_all_reduce else {}
     if pg_collection is not None:
-        optional["pg_collection"] = pg_collection  # type: ignore[assignment]
+        optional["pg_collection"] = pg_collection
     call_with_known(config.finalize_model_grads_func, chunks, num_tokens, **optional)
     scale_to_global_batch(run, config, chunks)

@@ -14,6 +14,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ldt_schedules.errors import ConfigError
 from ldt_schedules.megatron.session import Session
 from ldt_schedules.planning.actions import Action, Kind
 from ldt_schedules.topology import Site
@@ -32,8 +33,10 @@ class GradSync:
     """
 
     def __init__(self, config: Any, model: list[Any], row: tuple[Action, ...], at_end_only: bool) -> None:
-        self._no_sync = _functions(config.no_sync_func)
-        self._grad_sync = _functions(config.grad_sync_func)
+        no_sync = config.no_sync_func
+        # A function that is not in a list closes all chunks by itself.
+        self._no_sync = per_chunk(no_sync, model, "no_sync_func") if isinstance(no_sync, list) else [no_sync]
+        self._grad_sync = per_chunk(config.grad_sync_func, model, "grad_sync_func")
         self._model = model
         self._at_end_only = at_end_only
         self._closed: contextlib.ExitStack | None = None
@@ -47,7 +50,7 @@ class GradSync:
         """Before the step: gradients accumulate and stay local."""
         if self._closed is None:
             self._closed = contextlib.ExitStack()
-            for no_sync in self._no_sync:
+            for no_sync in filter(None, self._no_sync):
                 self._closed.enter_context(no_sync())
 
     def open(self) -> None:
@@ -95,7 +98,15 @@ def scale_to_global_batch(run: Session, config: Any, model: list[Any]) -> None:
             chunk.scale_gradients(run.domain_scale)
 
 
-def _functions(given: Callback | list[Callback] | None) -> list[Callback]:
+def per_chunk(given: Callback | list[Callback] | None, model: list[Any], option: str) -> list[Callback]:
+    """The callback of each chunk: one function serves all of them, a list has one for each; none at all is empty.
+
+    Raises:
+        ConfigError: a list of another length.
+    """
     if given is None:
         return []
-    return list(given) if isinstance(given, list) else [given]
+    functions = list(given) if isinstance(given, list) else [given] * len(model)
+    if len(functions) != len(model):
+        raise ConfigError(f"{option} is a list of {len(functions)} functions for {len(model)} model chunks")
+    return functions

@@ -8,9 +8,12 @@ model in the same process) gets Megatron's own answer.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 _ATTRIBUTE = "ldt_layer_span"
 
@@ -36,7 +39,36 @@ def config_with_span(config: Any, span: LayerSpan) -> Any:
 
 
 def span_of(config: Any) -> LayerSpan | None:
-    return getattr(config, _ATTRIBUTE, None)
+    """Of the chunk that the config belongs to; None for a plain Megatron model."""
+    return getattr(config, _ATTRIBUTE, None) if _building is None else _building
+
+
+_building: LayerSpan | None = None
+
+
+@contextmanager
+def building(span: LayerSpan) -> Iterator[None]:
+    """While inside, every config is taken for that of a chunk with this span.
+
+    For a user's own model provider, which makes its config itself. `pin_span` then keeps the span with the chunk.
+    """
+    global _building
+    before, _building = _building, span
+    try:
+        yield
+    finally:
+        _building = before
+
+
+def pin_span(chunk: torch.nn.Module, span: LayerSpan) -> None:
+    """Write the span on the config of every part of the chunk; a config that other chunks share is copied first."""
+    copies: dict[int, tuple[Any, Any]] = {}  # the original is held, so that its id stays its own
+    for part in chunk.modules():
+        config = getattr(part, "config", None)
+        if hasattr(config, "num_layers"):
+            if id(config) not in copies:
+                copies[id(config)] = (config, config_with_span(config, span))
+            part.config = copies[id(config)][1]
 
 
 def num_layers_of_span(original: Callable[..., int]) -> Callable[..., int]:

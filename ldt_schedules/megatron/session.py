@@ -14,6 +14,7 @@ from typing import Any
 
 from ldt_schedules.comm.link import Link
 from ldt_schedules.comm.transport import Transport
+from ldt_schedules.planning.layout import Layout
 from ldt_schedules.planning.table import ScheduleTable
 from ldt_schedules.runtime.recorder import StepRecorder
 from ldt_schedules.topology import Place, Site, Topology
@@ -30,6 +31,7 @@ class Session:
         table_for: the schedule of a step of the edge, whose microbatches are those of all its domains.
         steps: forward-backward calls so far; equal on both sites.
         domain_scale: what the cloud's averaged gradients are multiplied by, see `grad_sync.scale_to_global_batch`.
+        layout: of the step that runs or ran last; None before the first.
         executing: the stage being computed right now, None between actions.
         last_step: times of the latest step.
     """
@@ -41,6 +43,7 @@ class Session:
     table_for: TableSource
     steps: int = 0
     domain_scale: float = field(init=False)
+    layout: Layout | None = None
     executing: int | None = None
     last_step: StepRecorder = field(default_factory=StepRecorder)
 
@@ -54,7 +57,9 @@ class Session:
         The edge runs those of all its domains.
         """
         domains = 1 if self.place.site is Site.EDGE else self.topology.domains
-        return self.table_for(num_microbatches * domains, forward_only)
+        table = self.table_for(num_microbatches * domains, forward_only)
+        self.layout = table.layout
+        return table
 
     def local_microbatch(self, microbatch: int) -> int:
         """The number that Megatron gives a microbatch of the table in this process: it counts its own, from 0."""

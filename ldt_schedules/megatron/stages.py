@@ -7,6 +7,7 @@ non-loss data, deallocation of outputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron.core.utils import get_model_type
 from ldt_schedules.megatron.compatibility import call_with_known
 from ldt_schedules.megatron.grad_sync import GradSync
 from ldt_schedules.megatron.session import Session
+from ldt_schedules.planning.layout import EDGE_RANK
 from ldt_schedules.planning.table import ScheduleTable
 from ldt_schedules.runtime.batches import SharedBatches
 
@@ -52,7 +54,7 @@ class MegatronStages:
     def forward(self, stage: int, microbatch: int, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, Saved]:
         layout = self.table.layout
         local = self.run.local_microbatch(microbatch)
-        with self.run.stage(stage):
+        with self._on_chunk(stage):
             output, num_tokens = call_with_known(
                 schedules.forward_step,
                 self.forward_step_func,
@@ -86,11 +88,25 @@ class MegatronStages:
         inputs, output = saved
         output_grad = torch.stack(output_grads).sum(0) if len(output_grads) > 1 else next(iter(output_grads), None)
         model_type = get_model_type(self.modules[stage])
-        with self.run.stage(stage), self.grad_sync.around_backward(stage, microbatch):
+        with self._on_chunk(stage), self.grad_sync.around_backward(stage, microbatch):
             grad = schedules.backward_step(inputs[0] if inputs else None, output, output_grad, model_type, self.config)
         if not inputs:
             return []
         return [torch.zeros_like(inputs[0]) if grad is None else grad]
+
+    @contextmanager
+    def _on_chunk(self, stage: int) -> Iterator[None]:
+        """While inside, Megatron's predicates answer for `stage`, and its virtual rank is that of the stage's chunk."""
+        with self.run.stage(stage):
+            if parallel_state.get_virtual_pipeline_model_parallel_world_size() is None:
+                yield
+                return
+            before = parallel_state.get_virtual_pipeline_model_parallel_rank()
+            parallel_state.set_virtual_pipeline_model_parallel_rank(list(self.modules).index(stage))
+            try:
+                yield
+            finally:
+                parallel_state.set_virtual_pipeline_model_parallel_rank(before)
 
     def _batches(self, stage: int, microbatch: int) -> Iterator[Any] | None:
         layout = self.table.layout
@@ -98,7 +114,7 @@ class MegatronStages:
             return self.batches.for_head(microbatch, keep=True)
         if layout.is_tail(stage):
             return self.batches.for_tail(microbatch)
-        return None
+        return self.batches.for_middle(microbatch) if layout.stages[stage].ranks == (EDGE_RANK,) else None
 
     def _checkpoint_all_layers(self, stage: int, microbatch: int) -> bool | None:
         """Megatron's window rule (appendix C of arXiv:2205.05198), with the stage's own number in flight."""

@@ -86,8 +86,8 @@ def join_link(
     return run
 
 
-def close_site(abandon: bool = False) -> None:
-    """Leave the link and the site's world; the process may open others afterwards.
+def leave_link(abandon: bool = False) -> None:
+    """Leave the link, if this process has joined one; its site's world stays.
 
     Args:
         abandon: do not wait for the others, something went wrong. Without it a process leaves when all are done, so
@@ -98,5 +98,10 @@ def close_site(abandon: bool = False) -> None:
         if not abandon:
             run.link.wait_for_all()
         session.uninstall()
+
+
+def close_site(abandon: bool = False) -> None:
+    """Leave the link and the site's world; the process may open others afterwards."""
+    leave_link(abandon)
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()

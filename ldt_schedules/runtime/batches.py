@@ -1,7 +1,8 @@
-"""Batches are read once on the edge, by the head, and seen again by the tail.
+"""Batches are read once on the edge, by the head, and seen again by the edge's later chunks.
 
 The user's forward step draws from a data iterator as it always does. The head's draws for a microbatch are recorded;
-when the tail runs the same microbatch it is given the same objects, in the same order.
+when a middle chunk of the edge (a model that goes round twice has one) or the tail runs the same microbatch it is given
+the same objects, in the same order.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from ldt_schedules.errors import LdtError
 
 
 class SharedBatches:
-    """Deals each microbatch's draws to the head first and to the tail afterwards.
+    """Deals each microbatch's draws to the head first, to the edge's middle chunks, and to the tail at last.
 
     `source` may be None (a rank that is fed by broadcast inside its tensor-parallel group draws nothing).
     """
@@ -27,6 +28,16 @@ class SharedBatches:
         if self._source is None:
             return None
         return _Recording(self._source, self._drawn.setdefault(microbatch, []) if keep else None)
+
+    def for_middle(self, microbatch: int) -> Iterator[Any] | None:
+        """The head's draws once more; they are kept for the chunks that follow.
+
+        Raises:
+            LdtError: from `next`, when the chunk draws more often than the head did.
+        """
+        if self._source is None:
+            return None
+        return _replay(self._drawn.get(microbatch, []), microbatch)
 
     def for_tail(self, microbatch: int) -> Iterator[Any] | None:
         """The head's draws once more; afterwards they are gone.
@@ -60,6 +71,6 @@ class _Recording:
 def _replay(drawn: list[Any], microbatch: int) -> Iterator[Any]:
     yield from drawn
     raise LdtError(
-        f"the forward step of the tail read more batches than the head's for microbatch {microbatch} "
-        f"({len(drawn)}); a forward step must read the same number on both"
+        f"the forward step of a later chunk read more batches than the head's for microbatch {microbatch} "
+        f"({len(drawn)}); a forward step must read the same number on every chunk"
     )

@@ -224,24 +224,6 @@ def shared_fingerprint(config: TrainConfig) -> dict[str, Any]:
     return {key: reduce(getitem, key.split("."), content) for key in shared}
 
 
-def differing_keys(mine: dict[str, Any], theirs: dict[str, Any], my_site: Site | str = Site.EDGE) -> list[str]:
-    """One line for each key of two fingerprints that differs, the edge's value first.
-
-    >>> differing_keys({"train.lr": 0.001}, {"train.lr": 0.002})
-    ['train.lr: edge 0.001, cloud 0.002']
-    """
-    edge, cloud = (mine, theirs) if str(my_site) == "edge" else (theirs, mine)
-    return [
-        f"{key}: edge {_shown(edge, key)}, cloud {_shown(cloud, key)}"
-        for key in sorted({*edge, *cloud})
-        if key not in edge or key not in cloud or edge[key] != cloud[key]
-    ]
-
-
-def _shown(fingerprint: dict[str, Any], key: str) -> str:
-    return str(fingerprint[key]) if key in fingerprint else "(key unknown)"
-
-
 def _must_divide(name: str, value: int, divisor_name: str, divisor: int) -> Iterator[str]:
     if value % divisor:
         allowed = nearest_multiples(value, divisor)

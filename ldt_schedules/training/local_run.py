@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import random
-import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from ldt_schedules.errors import LdtError
+from ldt_schedules.comm.ports import free_ports
 from ldt_schedules.topology import Site
 from ldt_schedules.training.config import TrainConfig
 from ldt_schedules.training.launcher import Child, run_all
@@ -18,9 +15,6 @@ from ldt_schedules.training.launcher import Child, run_all
 LOG_DIR = "logs"
 
 _HOST = "127.0.0.1"
-_EPHEMERAL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
-_USUAL_EPHEMERAL = (32768, 60999)
-_LOWEST_PORT, _HIGHEST_PORT = 10_000, 65_000
 
 
 def run_locally(config_path: str, config: TrainConfig, overrides: Sequence[str], *, json_output: bool = False) -> None:
@@ -69,39 +63,3 @@ def _environment(config: TrainConfig, site: Site, rank: int, local_rank: int, po
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": str(config.train.threads),
     }
-
-
-def free_ports(count: int) -> list[int]:
-    """`count` different TCP ports that nobody uses now.
-
-    A port that the kernel hands out itself (bind to 0) comes from the range of outgoing connections, and may be taken
-    again by any of those before the child listens. So ports are drawn from outside that range, and all are held at
-    once, so that they differ.
-
-    Raises:
-        LdtError: no free port was found.
-    """
-    low, high = _ephemeral_range()
-    outside = [port for port in range(_LOWEST_PORT, _HIGHEST_PORT) if not low <= port <= high]
-    chosen: list[int] = []
-    with ExitStack() as held:
-        for port in random.SystemRandom().sample(outside, min(len(outside), 200 + count)):
-            if len(chosen) == count:
-                break
-            listener = held.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
-            try:
-                listener.bind((_HOST, port))
-            except OSError:
-                continue
-            chosen.append(port)
-    if len(chosen) < count:
-        raise LdtError(f"found only {len(chosen)} of {count} free TCP ports between {_LOWEST_PORT} and {_HIGHEST_PORT}")
-    return chosen
-
-
-def _ephemeral_range() -> tuple[int, int]:
-    try:
-        low, high = _EPHEMERAL_RANGE.read_text().split()
-        return (int(low), int(high)) if int(low) > _LOWEST_PORT + 1000 else _USUAL_EPHEMERAL
-    except (OSError, ValueError):
-        return _USUAL_EPHEMERAL

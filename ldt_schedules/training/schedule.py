@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from ldt_schedules.errors import ConfigError
 from ldt_schedules.megatron.session import TableSource
+from ldt_schedules.megatron.table_file import check_microbatches, read_table_file
 from ldt_schedules.planning.budgets import within_budget
 from ldt_schedules.planning.errors import ScheduleError
-from ldt_schedules.planning.formats import read_table
 from ldt_schedules.planning.layout import Layout
 from ldt_schedules.planning.planners import PLAN_FOR_COSTS, plan, plan_problem
 from ldt_schedules.planning.problem import Problem
 from ldt_schedules.planning.table import ScheduleTable
-from ldt_schedules.planning.validator import check
 from ldt_schedules.runtime.executor import check_executable
 from ldt_schedules.training.config import TrainConfig
 from ldt_schedules.training.cost_model import problem_of
@@ -60,24 +58,6 @@ def _check_planner(config: TrainConfig, problem: Problem) -> None:
 
 
 def _read(path: str, layout: Layout, num_microbatches: int) -> ScheduleTable:
-    try:
-        table = read_table(Path(path).read_text(encoding="utf-8"))
-        check(table)
-        check_executable(table)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"schedule.table {path} cannot be read: {error}") from None
-    except ScheduleError as error:
-        raise ConfigError(f"schedule.table {path}: {error}") from None
-    if table.layout != layout:
-        raise ConfigError(
-            f"schedule.table {path} is for {table.layout.num_ranks} pipeline ranks and "
-            f"{len(table.layout.stages)} stages, this run has {layout.num_ranks} and {len(layout.stages)}; "
-            "change the table or sites.cloud.pipeline_ranks"
-        )
-    if table.num_microbatches != num_microbatches or table.forward_only:
-        kind = "evaluates" if table.forward_only else "trains"
-        raise ConfigError(
-            f"schedule.table {path} {kind} {table.num_microbatches} microbatches, a training step of this run has "
-            f"{num_microbatches}; change the table or train.global_batch_size"
-        )
+    table = read_table_file(path, layout, "schedule.table", "sites.cloud.pipeline_ranks")
+    check_microbatches(table, num_microbatches, path, "schedule.table", "train.global_batch_size")
     return table

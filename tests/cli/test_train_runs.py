@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ldt_schedules.training.local_run import free_ports
+from ldt_schedules.comm.ports import free_ports
 
 QUICKSTART = Path(__file__).parent.parent.parent / "configs" / "quickstart.yaml"
 SMALL = [

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import pytest
 
-from ldt_schedules.training.local_run import free_ports
+from ldt_schedules.comm.ports import free_ports
 
 
 def exchange(rank: int, size: int, port: int) -> dict[str, object]:
@@ -93,6 +94,28 @@ def test_nobody_there_is_an_error_within_the_deadline(workers):
     ((message, waited),) = workers.run(wait_for_nobody, [(free_ports(1)[0],)])
     assert "could not join the link" in message and "process 0 of 2" in message
     assert waited < 15
+
+
+def join_as_one_of(rank: int, size: int, port: int) -> tuple[str, float]:
+    from ldt_schedules.comm.link import connect
+    from ldt_schedules.errors import ConfigError
+
+    start = time.monotonic()
+    try:
+        connect(host="127.0.0.1", port=port, listen=rank == 0, global_rank=rank, total_processes=size, timeout_s=60)
+    except ConfigError as error:
+        return str(error), time.monotonic() - start
+    raise AssertionError("joined a link of another size")
+
+
+def test_sites_that_count_differently_are_told_on_every_process(workers):
+    port = free_ports(1)[0]
+    told = workers.run(join_as_one_of, [(0, 3, port), (1, 3, port), (2, 4, port)])
+    for message, waited in told:
+        assert re.search(
+            r"for (3 processes in all and the other for 4|4 processes in all and the other for 3)", message
+        )
+        assert "give both sites the same parallel sizes" in message and waited < 30
 
 
 def no_message(rank: int, port: int) -> str:

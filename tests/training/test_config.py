@@ -8,10 +8,10 @@ import pytest
 
 from ldt_schedules.errors import ConfigError
 from ldt_schedules.topology import Site
+from ldt_schedules.megatron.agreement import differing_keys
 from ldt_schedules.training.config import (
     SITE_LOCAL_KEYS,
     TrainConfig,
-    differing_keys,
     load_config,
     shared_fingerprint,
 )

@@ -1,0 +1,49 @@
+"""Both sites say what they are about to run, and go on only when it is the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ldt_schedules.errors import ConfigError
+from ldt_schedules.megatron.session import Session
+from ldt_schedules.topology import Site
+
+
+def agree(run: Session, mine: dict[str, Any], what: str, mend: str) -> None:
+    """Exchange `mine` with the other site and compare. A collective of both sites.
+
+    Args:
+        mine: key -> value of JSON types; of each site its first process's counts.
+        what: the name of the thing, in the singular or plural as the message needs it (`"configs"`).
+        mend: what the user should do about a difference.
+
+    Raises:
+        ConfigError: on both sites, with every key that differs and both values.
+    """
+    if run.place.site_rank == 0:
+        run.link.publish(f"{what}/{run.place.site}", mine)
+    other = Site.CLOUD if run.place.site is Site.EDGE else Site.EDGE
+    theirs = run.link.fetch(f"{what}/{other}", f"the {other}'s {what}")
+    lines = differing_keys(mine, theirs, run.place.site)
+    # Nobody leaves, and takes the store along, before everybody has read.
+    run.link.wait_for_all()
+    if lines:
+        raise ConfigError(f"the two sites have different {what}:\n  " + "\n  ".join(lines) + f"\n{mend}")
+
+
+def differing_keys(mine: dict[str, Any], theirs: dict[str, Any], my_site: Site | str = Site.EDGE) -> list[str]:
+    """One line for each key of two fingerprints that differs, the edge's value first.
+
+    >>> differing_keys({"train.lr": 0.001}, {"train.lr": 0.002})
+    ['train.lr: edge 0.001, cloud 0.002']
+    """
+    edge, cloud = (mine, theirs) if str(my_site) == "edge" else (theirs, mine)
+    return [
+        f"{key}: edge {_shown(edge, key)}, cloud {_shown(cloud, key)}"
+        for key in sorted({*edge, *cloud})
+        if key not in edge or key not in cloud or edge[key] != cloud[key]
+    ]
+
+
+def _shown(fingerprint: dict[str, Any], key: str) -> str:
+    return str(fingerprint[key]) if key in fingerprint else "(key unknown)"
