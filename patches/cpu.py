@@ -64,6 +64,13 @@ MEGATRON_LM_PATCHES: tuple[Patch, ...] = (
         versions=">=2.6",
     ),
     Patch(
+        target="torch.cuda:get_device_properties",
+        factory="ldt_schedules.megatron_lm.cpu:no_properties",
+        reason="megatron.training asks how new the device is, for settings of its queues",
+        package="torch",
+        versions=">=2.6",
+    ),
+    Patch(
         target="torch.cuda:Stream",
         factory="ldt_schedules.cpu_adaptor:stream_class",
         reason="megatron.training wraps models in DistributedDataParallel on a stream of its own",

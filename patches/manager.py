@@ -22,11 +22,13 @@ from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
+from ldt_schedules.errors import ConfigError
+
 Signature = tuple[str, ...]
 """The parameter names of a function, in order."""
 
 
-class PatchError(RuntimeError):
+class PatchError(ConfigError):
     """A declared patch does not fit what is installed."""
 
 

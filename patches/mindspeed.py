@@ -22,9 +22,6 @@ _MM_PARALLEL_STATE = "mindspeed_mm.patchs.layerwise_disaggregated_training.paral
 FOR_MM: tuple[Patch, ...] = megatron_core.PATCHES
 """What the model-json key `patch.layerwise_disaggregated_training` stands for."""
 
-FOR_LLM: tuple[Patch, ...] = (*megatron_core.PATCHES, *megatron_training.PATCHES)
-"""What our feature registers with MindSpeed-LLM."""
-
 
 def _startup(target: str, factory: str, reason: str, signatures: tuple[tuple[str, ...], ...] = ()) -> Patch:
     return Patch(
@@ -56,6 +53,30 @@ MM_STARTUP: tuple[Patch, ...] = (
         "MindSpeed-MM would replace it by a forged one that holds both sites",
     ),
 )
+
+FOR_LLM: tuple[Patch, ...] = (
+    *megatron_core.PATCHES,
+    *megatron_training.PATCHES,
+    Patch(
+        target="mindspeed_llm.training.training:pretrain",
+        factory="ldt_schedules.megatron_lm.joining:leave_after",
+        reason="a main program of its own, beside Megatron's; the sites must leave the link together",
+        package="megatron-core",
+        versions=_VERSIONS,
+        signatures=(
+            (
+                "train_valid_test_dataset_provider",
+                "model_provider",
+                "model_type",
+                "forward_step_func",
+                "process_non_loss_data_func",
+                "extra_args_provider",
+                "args_defaults",
+            ),
+        ),
+    ),
+)
+"""What our feature registers with MindSpeed-LLM."""
 
 LLM_FEATURES: tuple[Patch, ...] = (
     _startup(

@@ -4,6 +4,12 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare test
+# The oldest megatron-core that is supported, beside the installed one.
+export MEGATRON_CORE_PATH="${MEGATRON_CORE_PATH:-$PWD/.venv/megatron-core-0.12.1}"
+if [ ! -d "${MEGATRON_CORE_PATH%%:*}" ]; then
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+    --target "$MEGATRON_CORE_PATH" megatron-core==0.12.1
+fi
 .venv/bin/python -m ruff check .
 .venv/bin/python -m mypy
 .venv/bin/lint-imports

@@ -22,6 +22,8 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 
 LAYERS = ("planning", "comm", "runtime", "megatron", "training", "cli")
 """From the bottom up; a layer imports itself and those before it."""
+LAUNCHERS = {"megatron_lm": set(), "mindspeed": {"megatron_lm"}}
+"""Beside `training`, in the user's own launcher: each imports what `megatron` may, the patches, and these."""
 COMMON = {
     "errors": set(),
     "topology": {"errors"},
@@ -35,8 +37,10 @@ ALLOWED = {
     "planning": {"planning"},
     "rendering": {"rendering", "planning"},
 }
+ALLOWED |= {name: {name, "patches", *ALLOWED["megatron"], *more} for name, more in LAUNCHERS.items()}
+ALLOWED["megatron_adaptor"] = {"cli"}
 ALLOWED["training"] |= {"patches", "rendering"}
-ALLOWED["cli"] |= {"patches", "rendering"}
+ALLOWED["cli"] |= {"patches", "rendering", *LAUNCHERS}
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 70

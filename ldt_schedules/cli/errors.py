@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +13,7 @@ from ldt_schedules.planning.errors import ScheduleError
 
 USER_MISTAKE = 2
 FAILURE = 1
+_LATER_S = 3.0
 
 
 @contextmanager
@@ -30,6 +33,19 @@ def messages_for_people() -> Iterator[None]:
             causes.append(f"\n  because of {type(cause).__name__}: {cause}")
             cause = cause.__cause__
         _leave(str(error) + "".join(causes), FAILURE)
+
+
+@contextmanager
+def messages_of_one_of_many() -> Iterator[None]:
+    """The same for a user's mistake in one of a launcher's processes, which all find it: the first of them tells it."""
+    try:
+        yield
+    except (ConfigError, ScheduleError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            _leave(str(error), USER_MISTAKE)
+        # A launcher ends all when one has ended; the one that tells must be it.
+        time.sleep(_LATER_S)
+        raise SystemExit(USER_MISTAKE) from None
 
 
 def _leave(message: str, code: int) -> None:

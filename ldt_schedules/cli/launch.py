@@ -38,13 +38,21 @@ def launch(context: typer.Context) -> None:
         typer.echo(parser().format_help())
         raise typer.Exit(0 if arguments else 2)
 
-    from ldt_schedules.megatron_lm.messages import messages_of_this_process
+    from ldt_schedules.cli.errors import messages_of_one_of_many
     from ldt_schedules.megatron_lm.script import prepare_script, run_script
 
-    with messages_of_this_process():
+    with messages_of_one_of_many():
         prepare_script(arguments[0], arguments[1:])
-        # Only now, when the script's folder is on the path: a checkout brings its own megatron-core.
-        from ldt_schedules.megatron_lm.adaptor import adopt
-
-        adopt()
+        enter_site()
         run_script(arguments[0])
+
+
+def enter_site() -> None:
+    """Make this process one of its site's, as its command line says, and let the edge's first process show the split."""
+    # Only now, when the script's folder is on the path: a checkout of Megatron-LM brings its own megatron-core.
+    from ldt_schedules.megatron_lm.adaptor import adopt
+    from ldt_schedules.megatron_lm.describe import description
+
+    sites = adopt()
+    if sites is not None and sites.place.global_rank == 0:
+        typer.echo(description(sites))

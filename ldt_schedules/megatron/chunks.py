@@ -113,8 +113,9 @@ def build_chunks(
     stage_spans = spans(layers)
 
     def stage_module(span: LayerSpan, *, first: bool, last: bool) -> MegatronModule:
-        module = provider(config_with_span(config, span), pre_process=first, post_process=last)
-        return _narrowed(config, module, first, last) if narrowed and (config.fp16 or config.bf16) else module
+        chunk_config = config_with_span(config, span)
+        module = provider(chunk_config, pre_process=first, post_process=last)
+        return _narrowed(chunk_config, module, first, last) if narrowed and (config.fp16 or config.bf16) else module
 
     if len(layers) == 1:
         return stage_module(stage_spans[0], first=True, last=True)

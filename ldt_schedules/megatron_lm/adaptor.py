@@ -14,13 +14,11 @@ from collections.abc import Collection
 import patches
 from ldt_schedules import device
 from ldt_schedules.errors import ConfigError
-from ldt_schedules.megatron_lm import environment, flags, joining
+from ldt_schedules.megatron_lm import environment, flags
 from ldt_schedules.megatron_lm.cpu import prepare_for_cpu
-from ldt_schedules.megatron_lm.describe import description
 from ldt_schedules.megatron_lm.refusals import refuse_what_a_u_cannot_honour
 from ldt_schedules.megatron_lm.site_arguments import site_arguments
 from ldt_schedules.megatron_lm.sites import Sites, sites
-from ldt_schedules.topology import Site
 
 
 def adopt(arguments: list[str] | None = None) -> Sites | None:
@@ -42,18 +40,19 @@ def adopt(arguments: list[str] | None = None) -> Sites | None:
     given = sys.argv[1:] if arguments is None else arguments
     if device.device_type() == "cpu":
         prepare_for_cpu()
+    # Only now: it loads megatron-core.
+    from ldt_schedules.megatron_lm import joining
+
     if not flags.is_on(given):
         _refuse_flags_without_switch(given)
         return None
     read = flags.parse(given)
     found = sites(read, *environment.launched_as(os.environ))
-    refuse_what_a_u_cannot_honour(read.others, known_to_megatron())
+    refuse_what_a_u_cannot_honour(read.others, known_to_megatron(), read.layers)
     joining.table_source(found)
     patches.apply_for_megatron_lm()
     joining.expect(found, *environment.enter_site(found, os.environ))
     sys.argv[1:] = site_arguments(found)
-    if found.place.site is Site.EDGE and found.place.site_rank == 0:
-        print(description(found), flush=True)
     return found
 
 

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import patches
@@ -22,7 +22,7 @@ def prepare_for_cpu() -> None:
     The patches of a split model are applied as well: one of them tells Megatron that it may run without a GPU, and
     without a session the others answer as before.
     """
-    # torch.compile needs a C++ compiler and changes no number; Megatron compiles at import.
+    # Megatron compiles at import, which on a CPU takes longer than a short run and needs a C++ compiler.
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     if _NEEDS_TRITON not in sys.modules and importlib.util.find_spec("triton") is None:
         sys.modules[_NEEDS_TRITON] = _without_triton()
@@ -44,6 +44,11 @@ def _without_triton() -> ModuleType:
 def one_device(original: Function) -> Function:
     """For `torch.cuda.device_count`: with none Megatron makes no parallel groups."""
     return lambda: 1
+
+
+def no_properties(original: Function) -> Function:
+    """For `torch.cuda.get_device_properties`: so new a device that no setting of its queues is demanded."""
+    return lambda *args, **kwargs: SimpleNamespace(name="cpu", major=99, minor=0, total_memory=0)
 
 
 def compiled_or_made(original: Function) -> Function:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 from ldt_schedules.errors import ConfigError
 from ldt_schedules.megatron_lm.flags import SWITCH
-from ldt_schedules.megatron_lm.site_arguments import given_flags
+from ldt_schedules.megatron_lm.site_arguments import SITE_FOLDER_FLAGS, given_flags
 
 _NETWORK = """
 --hidden-size --ffn-hidden-size --num-attention-heads --num-query-groups --group-query-attention --kv-channels
@@ -85,6 +85,10 @@ _MASK = (
     "masks and sequence boundaries do not reach the middle layers yet, which attend causally over the whole sequence"
 )
 
+_NOTHING_TO_LOAD = (
+    "Megatron cannot load a process without parameters, and a cloud stage of --ldt-layers has 0 layers; give it some"
+)
+
 REASONS = {
     "--pipeline-model-parallel-layout": _LAYERS,
     "--decoder-first-pipeline-num-layers": _LAYERS,
@@ -125,17 +129,23 @@ HONOURED_VALUES = {
 """Flags of which only these values have been thought through."""
 
 
-def refuse_what_a_u_cannot_honour(others: Sequence[str], megatron_flags: Collection[str]) -> None:
+def refuse_what_a_u_cannot_honour(
+    others: Sequence[str], megatron_flags: Collection[str], layers: Sequence[int] = ()
+) -> None:
     """Check the arguments that go through to Megatron.
 
     Args:
         others: the command line without what `flags.parse` took.
         megatron_flags: every flag that this version of Megatron knows.
+        layers: of head, cloud stages and tail.
 
     Raises:
         ConfigError: with one line for each flag that cannot be honoured.
     """
-    problems = list(_problems(given_flags(others), megatron_flags))
+    given = given_flags(others)
+    problems = list(_problems(given, megatron_flags))
+    if 0 in layers[1:-1]:
+        problems += [f"{flag}: {_NOTHING_TO_LOAD}" for flag in SITE_FOLDER_FLAGS if flag in given]
     if problems:
         raise ConfigError(
             f"with {SWITCH} these arguments cannot be honoured:\n  " + "\n  ".join(problems) + "\nleave them out"

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from ldt_schedules.errors import ConfigError
 from ldt_schedules.megatron_lm.flags import SWITCH
 from ldt_schedules.mindspeed import site
 from ldt_schedules.mindspeed.registration import Registrar
@@ -19,6 +20,12 @@ from patches.manager import Patch, PatchError
 
 FEATURE_NAME = "ldt_schedules"
 """Also the name under which the switch is found in the arguments. Not upstream's: MindSpeed-LLM branches on that."""
+_GET_MODEL = "megatron.training.training.get_model"
+_OURS_ALONE = (
+    "megatron.core.pipeline_parallel.schedules.get_forward_backward_func",
+    "megatron.core.pipeline_parallel.schedules.forward_backward_pipelining_without_interleaving",
+    _GET_MODEL,
+)
 THEIR_FEATURES = ("UShapedSplitFeature", "VTPFeature", "VirtualDPFeature")
 
 
@@ -56,6 +63,28 @@ def with_our_feature(original: Callable[[list[Any]], None]) -> Callable[[list[An
     return set_features_list
 
 
+def refuse_other_schedules(foreign: Any) -> None:
+    """Our feature comes last: what others have registered by now would lose its effect, or take ours away.
+
+    Raises:
+        ConfigError: with each function of theirs.
+    """
+    found = []
+    for path in _OURS_ALONE:
+        info = foreign.patches_info.get(path)
+        if info is None:
+            continue
+        # Wrappers of get_model run the one below them; what chooses a schedule does not.
+        others = [info.patch_func, *(info.wrappers if path != _GET_MODEL else ())]
+        found += [f"{path} by {f.__module__}.{f.__name__}" for f in others if f and not f.__name__.startswith("ldt_")]
+    if found:
+        raise ConfigError(
+            f"with {SWITCH} no other feature of MindSpeed may replace the schedule or the building of the model:\n  "
+            + "\n  ".join(found)
+            + "\nleave out the flag that switches it on"
+        )
+
+
 def make_feature(switched_on: bool) -> Any:
     """Our feature, a `MindSpeedFeature`. Made here because its base class exists only where MindSpeed does.
 
@@ -89,6 +118,7 @@ def make_feature(switched_on: bool) -> Any:
             if self.is_need_apply(args):
                 from patches.mindspeed import FOR_LLM
 
+                refuse_other_schedules(patch_manager)
                 Registrar(FOR_LLM).register(patch_manager)
                 site.prepare()
 

@@ -50,6 +50,6 @@ def prepare() -> None:
 
     assert _entered is not None, "the switch is on, but no site has been entered"
     found, host, port = _entered
-    refuse_what_a_u_cannot_honour(found.flags.others, known_to_megatron())
+    refuse_what_a_u_cannot_honour(found.flags.others, known_to_megatron(), found.flags.layers)
     joining.table_source(found)
     joining.expect(found, host, port)

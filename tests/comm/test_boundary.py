@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from ldt_schedules.topology import SiteSize, Topology
 from ldt_schedules.comm.ports import free_ports
+from ldt_schedules.topology import SiteSize, Topology
 
 SHAPE = (24, 2, 3)
 ODD_SHAPE = (20, 1, 2)  # what 3 processes cannot share

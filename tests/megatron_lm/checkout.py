@@ -40,12 +40,20 @@ def _paths(variable: str) -> list[Path]:
     return [Path(path) for path in os.environ.get(variable, "").split(os.pathsep) if path]
 
 
-def _version(core: Path) -> str:
+def core_paths() -> list[Path]:
+    """Folders with a megatron-core of another version than the installed one."""
+    return [path for path in _paths("MEGATRON_CORE_PATH") if path.is_dir()]
+
+
+def core_version(core: Path) -> str:
+    """Of a folder `megatron/core`, without importing it."""
     return str(runpy.run_path(str(core / "package_info.py"))["__version__"])
 
 
 CHECKOUTS = [
-    pytest.param(path, id=_version(path / "megatron" / "core")) for path in _paths("MEGATRON_LM_PATH") if path.is_dir()
+    pytest.param(path, id=core_version(path / "megatron" / "core"))
+    for path in _paths("MEGATRON_LM_PATH")
+    if path.is_dir()
 ] or [
     pytest.param(
         None,
@@ -60,15 +68,15 @@ def _cores() -> dict[str, Path]:
 
     found = [
         Path(megatron.core.__file__).parent,
-        *(path / "megatron" / "core" for path in _paths("MEGATRON_CORE_PATH")),
+        *(path / "megatron" / "core" for path in core_paths()),
     ]
-    return {_version(core): core for core in found}
+    return {core_version(core): core for core in found}
 
 
 @functools.lru_cache
 def assembled(checkout: Path, into: Path) -> Path:
     """The checkout over the wheel's core; its files are copied or linked, none is changed."""
-    version = _version(checkout / "megatron" / "core")
+    version = core_version(checkout / "megatron" / "core")
     if version not in _cores():
         pytest.skip(f"megatron-core {version} is neither installed nor in MEGATRON_CORE_PATH")
     made = into / f"megatron-lm-{version}"

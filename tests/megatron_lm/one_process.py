@@ -6,6 +6,8 @@ differ; such a checkpoint both sites of a split model can read.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import sys
 from typing import Any
@@ -22,6 +24,7 @@ def main() -> None:
         _without_patches_of_a_split_model()
     if os.environ.get("LDT_TEST_KEYS") == "layer":
         _a_key_for_each_layer()
+        _write_with_a_new_torch()
     run_script(sys.argv[0])
 
 
@@ -50,6 +53,19 @@ def _a_key_for_each_layer() -> None:
         return original(self, prefix, sharded_offsets, {**(metadata or {}), "non_homogeneous_layers": True})
 
     TransformerBlock.sharded_state_dict = sharded_state_dict
+
+
+def _write_with_a_new_torch() -> None:
+    """megatron-core 0.12 writes checkpoints with a function of torch that has one parameter more since torch 2.8."""
+    import megatron.core
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    write = filesystem_async._write_item
+    if megatron.core.__version__.startswith("0.12") and "serialization_format" in inspect.signature(write).parameters:
+        from torch.distributed.checkpoint.filesystem import SerializationFormat
+
+        as_before = {"serialization_format": SerializationFormat.TORCH_SAVE}
+        filesystem_async._write_item = functools.partial(write, **as_before)
 
 
 if __name__ == "__main__":

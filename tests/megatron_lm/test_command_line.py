@@ -20,6 +20,7 @@ from ldt_schedules.megatron_lm.refusals import (
 from ldt_schedules.megatron_lm.site_arguments import EDGE_ONLY_FLAGS, given_flags, site_arguments, without
 from ldt_schedules.megatron_lm.sites import sites
 from ldt_schedules.topology import Site
+from tests.megatron_lm.checkout import words
 
 ON = "--layerwise-disaggregated-training --num-layers 12 "
 
@@ -74,7 +75,7 @@ def test_what_is_not_ours_goes_through_in_order() -> None:
     read = parsed(
         "--pipeline-model-parallel-size 3 --lr 1e-3 --lr-warmup-fraction=.01 --rampup-batch-size 2 2 8 --x -1"
     )
-    assert read.others == tuple("--lr 1e-3 --lr-warmup-fraction=.01 --rampup-batch-size 2 2 8 --x -1".split())
+    assert read.others == words("--lr 1e-3 --lr-warmup-fraction=.01 --rampup-batch-size 2 2 8 --x -1")
 
 
 @pytest.mark.parametrize("ranks", range(2, 7))
@@ -198,8 +199,8 @@ def test_a_checkpoint_of_the_whole_model_is_read_by_both(tmp_path: Path) -> None
 
 
 def test_a_flag_goes_with_all_its_values() -> None:
-    line = "--keep 1 --data-path 0.3 a 0.7 b --lr -1 --split=1,2 --on".split()
-    assert list(without(line, ("--data-path", "--split"))) == "--keep 1 --lr -1 --on".split()
+    line = words("--keep 1 --data-path 0.3 a 0.7 b --lr -1 --split=1,2 --on")
+    assert tuple(without(line, ("--data-path", "--split"))) == words("--keep 1 --lr -1 --on")
 
 
 def test_refusals_name_each_flag_and_let_the_users_own_pass() -> None:
@@ -217,6 +218,13 @@ def test_refusals_name_each_flag_and_let_the_users_own_pass() -> None:
         "--ldt-layer",
     ]
     assert "did you mean --ldt-layers" in lines[-1]
+
+
+def test_a_cloud_stage_without_layers_cannot_be_saved_or_loaded() -> None:
+    refuse_what_a_u_cannot_honour(["--save", "here"], HONOURED, (0, 2, 2, 0))
+    refuse_what_a_u_cannot_honour(["--lr", "1"], HONOURED, (1, 0, 2, 1))
+    with pytest.raises(ConfigError, match="--save: .*a cloud stage of --ldt-layers has 0 layers"):
+        refuse_what_a_u_cannot_honour(["--save", "here"], HONOURED, (1, 0, 2, 1))
 
 
 def test_every_refusal_says_why_and_none_is_honoured_as_well() -> None:

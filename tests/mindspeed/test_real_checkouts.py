@@ -3,7 +3,7 @@
 They run where these name checkouts, and are skipped elsewhere with what is missing:
 
     MINDSPEED_PATH, MINDSPEED_MM_PATH, MINDSPEED_LLM_PATH    master or 26.1.0
-    MEGATRON_LM_PATH                                         core_v0.12.1, which they are made for
+    MEGATRON_LM_PATH                                         one or several, one of them core_v0.12.1
     MINDSPEED_DEPS_PATH                                      a folder with the packages they import (see docs/mindspeed.md)
 """
 
@@ -23,27 +23,36 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ldt_schedules.comm.ports import free_ports
 from ldt_schedules.topology import Topology
-from tests.helpers.workers import free_ports, site_ports
+from tests.helpers.workers import site_ports
 from tests.parity.compare import relative_error
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("transformers", "datasets", "peft", "diffusers", "orjson", "ftfy", "av", "accelerate")
 
 
+pytestmark = pytest.mark.slow
+
+
+def megatron_version(checkout: Path) -> str:
+    return str(runpy.run_path(str(checkout / "megatron/core/package_info.py"))["__version__"])
+
+
 @functools.cache
 def python_path(trainer: str) -> str:
     """What PYTHONPATH must be for a trainer; skips where something is missing, by name."""
-    names = ("MINDSPEED_PATH", trainer, "MEGATRON_LM_PATH")
+    names = ("MINDSPEED_PATH", trainer)
     missing = [name for name in names if not Path(os.environ.get(name, "/nowhere")).is_dir()]
     if missing:
         pytest.skip(f"{', '.join(missing)}: no checkout named")
-    info = Path(os.environ["MEGATRON_LM_PATH"]) / "megatron/core/package_info.py"
-    version = runpy.run_path(str(info))["__version__"]
-    if version != "0.12.1":
-        pytest.skip(f"MEGATRON_LM_PATH is core_v{version}; MindSpeed is made for core_v0.12.1")
+    given = [path for path in os.environ.get("MEGATRON_LM_PATH", "").split(os.pathsep) if Path(path).is_dir() and path]
+    made_for = [path for path in given if megatron_version(Path(path)) == "0.12.1"]
+    if not made_for:
+        pytest.skip("MEGATRON_LM_PATH names no checkout of core_v0.12.1, which MindSpeed is made for")
     extra = os.environ.get("MINDSPEED_DEPS_PATH")
-    path = os.pathsep.join([*([extra] if extra else []), *(os.environ[name] for name in names), str(ROOT)])
+    folders = [*([extra] if extra else []), *(os.environ[name] for name in names), made_for[0], str(ROOT)]
+    path = os.pathsep.join(folders)
     code = f"from importlib.util import find_spec; print(*(n for n in {PACKAGES} if find_spec(n) is None))"
     lacking = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
+import textwrap
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -153,7 +156,7 @@ def refused(change: dict[str, Any]) -> dict[str, Any]:
             {"target": "megatron.core.parallel_state:is_first"},
             "parallel_state:is_first: does not exist in megatron-core",
         ),
-        ({"versions": ">=0.12.1,<0.13"}, "parallel_state:is_pipeline_first_stage: megatron-core is"),
+        ({"versions": "<0.12"}, "parallel_state:is_pipeline_first_stage: megatron-core is"),
         ({"signatures": (("other",),)}, "parallel_state:is_pipeline_first_stage: takes"),
     ],
 )
@@ -314,6 +317,62 @@ def test_our_feature_takes_the_place_of_three(workers, switch):
     assert seen["needed"] is switch
     assert seen["registered"] == 0
     assert ("--ldt-link" in seen["argv"]) is not switch, "the site's command line is plain Megatron's"
+
+
+def test_the_site_is_entered_before_megatron_is_imported():
+    """MindSpeed puts its modules in the place of Apex and Transformer Engine first; Megatron looks for them at import."""
+    program = """
+    import sys
+    from tests.mindspeed import stand_in_packages, test_registration
+    import patches.mindspeed
+    seen = test_registration.llm_list(True, test_registration.THEIRS)
+    assert seen["names"] == ["LdtSchedulesFeature"] and seen["needed"], seen
+    assert not [name for name in sys.modules if name.partition(".")[0] == "megatron"]
+    """
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def another_schedule(path: str, name: str) -> str:
+    """Our feature, last in the list, after another has registered `name` at `path`."""
+    from ldt_schedules.errors import ConfigError
+    from ldt_schedules.mindspeed import llm
+
+    foreign = packages.mindspeed()
+
+    def theirs(function: Any = None) -> Any:
+        return function
+
+    theirs.__name__ = name
+    foreign.register_patch(path, theirs)
+    try:
+        llm.refuse_other_schedules(foreign)
+    except ConfigError as error:
+        return str(error)
+    return "accepted"
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "refused"),
+    [
+        (SCHEDULE, "dualpipev_schedule", True),
+        (SCHEDULE, "forward_backward_wrapper", True),
+        ("megatron.training.training.get_model", "get_model", True),
+        ("megatron.training.training.get_model", "get_model_wrapper", False),
+        (NORM, "norm", False),
+    ],
+)
+def test_another_feature_that_replaces_the_schedule_is_refused(workers, path, name, refused):
+    """Theirs would lose its effect without a word, or take ours away."""
+    (said,) = workers.run(another_schedule, [(path, name)])
+    assert (f"{path} by tests.mindspeed.test_registration.{name}" in said) is refused
+    assert refused or said == "accepted"
 
 
 def test_a_renamed_feature_is_refused_by_name(workers):

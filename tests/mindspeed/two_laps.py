@@ -9,6 +9,7 @@ DistributedDataParallel of its own; the last one of a cloud rank is empty.
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -297,11 +298,12 @@ def _build(case: Case, place: Place, config: TransformerConfig) -> list[Any]:
 def _hook_config(case: Case, config: TransformerConfig, model: list[Any], seen: dict[str, Any]) -> None:
     from megatron.core.distributed import finalize_model_grads
 
-    def finalize(chunks: list[Any], num_tokens: Any = None) -> None:
+    @functools.wraps(finalize_model_grads)
+    def finalize(chunks: list[Any], num_tokens: Any = None, **rest: Any) -> None:
         seen["finalized"].append([chunks[i] is model[i] for i in range(len(chunks))])
         if case.only_first_chunk and case.num_ranks > 1 and not model[0].module.pre_process:
             chunks = chunks[:1]
-        finalize_model_grads(chunks, num_tokens)
+        finalize_model_grads(chunks, num_tokens, **rest)
 
     config.finalize_model_grads_func = finalize
     for option, method in (

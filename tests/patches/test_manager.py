@@ -5,6 +5,7 @@ import types
 
 import pytest
 
+from patches import manager
 from patches.manager import Patch, PatchError, PatchManager
 
 
@@ -103,3 +104,27 @@ def test_misfits_are_named_and_nothing_is_applied(upstream, change, message):
     with pytest.raises(PatchError, match=message):
         PatchManager().apply([good, declare(**change)])
     assert owner.answer is before and owner.Thing().method() == 1
+
+
+def test_misfits_are_told_without_applying_anything(upstream):
+    owner, _ = upstream
+    before = owner.answer
+    wrong = [declare(versions="<1"), declare("fake_upstream:gone"), declare()]
+    assert [line.partition(": ")[0] for line in manager.misfits(wrong)] == [
+        "fake_upstream:answer",
+        "fake_upstream:gone",
+    ]
+    assert owner.answer is before
+
+
+def test_the_version_is_that_of_the_megatron_that_would_be_imported(tmp_path, monkeypatch):
+    """A checkout on the path has no entry among the installed packages, or hides one of another version."""
+    core = tmp_path / "megatron" / "core"
+    core.mkdir(parents=True)
+    (core / "package_info.py").write_text('__version__ = "0.99.0"\n')
+    manager._version.cache_clear()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        assert "megatron-core is 0.99.0" in manager.misfits([declare(package="megatron-core", versions="<0.17")])[0]
+    finally:
+        manager._version.cache_clear()

@@ -42,9 +42,24 @@ def test_several_draws_for_one_microbatch():
         batches.assert_empty()
 
 
+def test_every_chunk_between_sees_them_too_and_the_tail_takes_them_away():
+    read = iter("abcdef")
+    batches = SharedBatches(read)
+    seen = {m: next(batches.for_head(m, keep=True)) for m in (0, 1)}
+    for m in (0, 1):
+        for _ in range(2):
+            middle = batches.for_middle(m)
+            assert next(middle) is seen[m]
+            with pytest.raises(LdtError, match=f"a later chunk read more batches .* microbatch {m}"):
+                next(middle)
+    assert [next(batches.for_tail(m)) for m in (0, 1)] == ["a", "b"]
+    assert next(read) == "c", "nothing was read a second time"
+    batches.assert_empty()
+
+
 def test_a_rank_without_data_passes_none():
     batches = SharedBatches(None)
-    assert batches.for_head(0, keep=True) is None and batches.for_tail(0) is None
+    assert batches.for_head(0, keep=True) is batches.for_middle(0) is batches.for_tail(0) is None
     batches.assert_empty()
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ldt_schedules.errors import ConfigError
-from ldt_schedules.topology import Site
 from ldt_schedules.megatron.agreement import differing_keys
+from ldt_schedules.topology import Site
 from ldt_schedules.training.config import (
     SITE_LOCAL_KEYS,
     TrainConfig,

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from ldt_schedules.comm.ports import free_ports
 from ldt_schedules.topology import Site
 from ldt_schedules.training import launcher
 from ldt_schedules.training.config import TrainConfig
 from ldt_schedules.training.launcher import Child, ChildFailed, run_all
-from ldt_schedules.comm.ports import free_ports
 from ldt_schedules.training.local_run import children
 
 ROOT = Path(__file__).parents[2]
