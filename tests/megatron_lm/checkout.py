@@ -16,6 +16,8 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,6 +133,16 @@ def figures(output: str) -> Figures:
 
 def torchrun(processes: int, module: str, *arguments: object, folder: Path, **environment: str) -> Finished:
     """Start `module` with `arguments` in so many processes of a real torchrun, and wait."""
+    with started(processes, module, *arguments, folder=folder, **environment) as launch:
+        output, _ = launch.communicate(timeout=TIMEOUT_S)
+        return Finished(launch.returncode, output)
+
+
+@contextmanager
+def started(
+    processes: int, module: str, *arguments: object, folder: Path, **environment: str
+) -> Iterator[subprocess.Popen[str]]:
+    """The same while it runs; nothing of it runs afterwards."""
     (port,) = free_ports(1)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     command += ["--master-addr", "127.0.0.1", "--master-port", str(port), "-m", module, *map(str, arguments)]
@@ -138,7 +150,7 @@ def torchrun(processes: int, module: str, *arguments: object, folder: Path, **en
     given = environment.pop("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
     path = os.pathsep.join(filter(None, [str(ROOT), str(Path(__file__).parent), given]))
     settings = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    done = subprocess.run(
+    launch = subprocess.Popen(
         command,
         cwd=folder,
         env={**os.environ, **settings, "PYTHONPATH": path, "LDT_DEVICE": "cpu", **environment},
@@ -146,6 +158,11 @@ def torchrun(processes: int, module: str, *arguments: object, folder: Path, **en
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        timeout=TIMEOUT_S,
+        start_new_session=True,
     )
-    return Finished(done.returncode, done.stdout)
+    try:
+        yield launch
+    finally:
+        if launch.poll() is None:
+            launch.terminate()  # torchrun ends its processes, which have sessions of their own
+            launch.wait(60)

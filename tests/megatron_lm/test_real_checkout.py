@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ldt_schedules.comm.ports import free_ports
-from tests.megatron_lm.checkout import CHECKOUTS, Figures, Finished, assembled, torchrun, words
+from tests.megatron_lm.checkout import CHECKOUTS, Figures, Finished, assembled, started, torchrun, words
 
 pytestmark = [
     pytest.mark.slow,
@@ -183,6 +184,26 @@ def test_a_split_run_resumes_itself(runs: Runs, processes: int, sizes: Options, 
     for key, figures in {**stopped.figures, **resumed}.items():
         assert figures == pytest.approx(reference[key], rel=1e-5 if sizes else 0, abs=0), key
     assert {**stopped.figures, **resumed}.keys() == reference.keys()
+
+
+def test_a_signal_to_one_site_stops_both_at_the_same_iteration(runs: Runs, tmp_path: Path) -> None:
+    """--exit-signal-handler: the edge is told to stop, both sites save and end, and both stand at one iteration."""
+    psutil = pytest.importorskip("psutil")
+    saved = tmp_path / "saved"
+    options = words("--train-iters 100000 --lr-decay-iters 100000 --exit-signal-handler --eval-iters 0")
+    options = (*MODEL, *options, *SPLIT, 2, "--save", saved)
+    with started(2, "ldt_schedules", "launch", runs.script, *options, folder=runs.folder) as launch:
+        assert launch.stdout is not None
+        for line in launch.stdout:
+            if re.search(r"iteration +5/", line):
+                break
+        workers = [child for child in psutil.Process(launch.pid).children() if child.environ().get("RANK") == "0"]
+        workers[0].send_signal(signal.SIGTERM)
+        rest, _ = launch.communicate(timeout=120)
+    assert launch.returncode == 0, rest[-3000:]
+    edge, cloud = (int((saved / site / "latest_checkpointed_iteration.txt").read_text()) for site in ("edge", "cloud"))
+    assert 5 <= edge == cloud < 100000
+    assert rest.count("exiting program after receiving SIGTERM") == 2
 
 
 def test_sites_that_loaded_different_iterations_stop(runs: Runs, tmp_path: Path) -> None:
