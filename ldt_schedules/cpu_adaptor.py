@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -48,6 +49,16 @@ def nothing(original: Function) -> Function:
 def zero(original: Function) -> Function:
     """For memory statistics, and anything else that counts what a CPU does not have."""
     return lambda *args, **kwargs: 0
+
+
+def one_device(original: Function) -> Function:
+    """For `torch.cuda.device_count`: with none Megatron makes no parallel groups."""
+    return lambda: 1
+
+
+def no_properties(original: Function) -> Function:
+    """For `torch.cuda.get_device_properties`: so new a device that no setting of its queues is demanded."""
+    return lambda *args, **kwargs: SimpleNamespace(name="cpu", major=99, minor=0, total_memory=0)
 
 
 def a_stream(original: Function) -> Function:

@@ -6,6 +6,7 @@ same with `patches.apply_all()`.
 
 from __future__ import annotations
 
+from patches.declaring import megatron
 from patches.manager import Patch
 
 _REASON = "megatron-core calls it whatever the device"
@@ -37,61 +38,30 @@ PATCHES: tuple[Patch, ...] = (
     _torch("torch:Tensor.to", "tensor_to"),
     _torch("torch:Tensor.type", "tensor_type", "its optimizer compares names of tensor types"),
     _torch("torch.nn:Module.cuda", "tensor_cuda"),
-    Patch(
-        target="megatron.core.tensor_parallel.random:_get_cuda_rng_state",
-        factory="ldt_schedules.cpu_adaptor:get_rng_state",
-        reason="reads the generator list of torch.cuda",
-        package="megatron-core",
-        versions=">=0.12.1,<0.17",
-        signatures=(("device", "clone", "graph_safe"), ("device",)),
+    megatron(
+        "core.tensor_parallel.random:_get_cuda_rng_state",
+        "cpu_adaptor:get_rng_state",
+        "reads the generator list of torch.cuda",
+        (("device", "clone", "graph_safe"), ("device",)),
     ),
-    Patch(
-        target="megatron.core.tensor_parallel.random:_set_cuda_rng_state",
-        factory="ldt_schedules.cpu_adaptor:set_rng_state",
-        reason="writes to the generator list of torch.cuda",
-        package="megatron-core",
-        versions=">=0.12.1,<0.17",
-        signatures=(("new_state", "device", "graph_safe"), ("new_state", "device")),
+    megatron(
+        "core.tensor_parallel.random:_set_cuda_rng_state",
+        "cpu_adaptor:set_rng_state",
+        "writes to the generator list of torch.cuda",
+        (("new_state", "device", "graph_safe"), ("new_state", "device")),
     ),
 )
 
 MEGATRON_LM_PATCHES: tuple[Patch, ...] = (
-    Patch(
-        target="torch.cuda:device_count",
-        factory="ldt_schedules.megatron_lm.cpu:one_device",
-        reason="megatron.training makes its parallel groups only where there is a device",
-        package="torch",
-        versions=">=2.6",
+    _torch("torch.cuda:device_count", "one_device", "megatron.training makes its groups only where there is a device"),
+    _torch("torch.cuda:get_device_properties", "no_properties", "megatron.training asks how new the device is"),
+    _torch("torch.cuda:Stream", "stream_class", "megatron.training wraps the model on a stream of its own"),
+    megatron(
+        "core.datasets.utils:compile_helpers",
+        "megatron_lm.cpu:compiled_or_made",
+        "calls `make` even where the helpers are compiled, as in the wheel, which has no makefile",
+        ((),),
     ),
-    Patch(
-        target="torch.cuda:get_device_properties",
-        factory="ldt_schedules.megatron_lm.cpu:no_properties",
-        reason="megatron.training asks how new the device is, for settings of its queues",
-        package="torch",
-        versions=">=2.6",
-    ),
-    Patch(
-        target="torch.cuda:Stream",
-        factory="ldt_schedules.cpu_adaptor:stream_class",
-        reason="megatron.training wraps models in DistributedDataParallel on a stream of its own",
-        package="torch",
-        versions=">=2.6",
-    ),
-    Patch(
-        target="megatron.core.datasets.utils:compile_helpers",
-        factory="ldt_schedules.megatron_lm.cpu:compiled_or_made",
-        reason="calls `make` even where the helpers are compiled, as in the wheel, which has no makefile",
-        package="megatron-core",
-        versions=">=0.12.1,<0.17",
-        signatures=((),),
-    ),
-    Patch(
-        target="megatron.legacy.fused_kernels:load",
-        factory="ldt_schedules.megatron_lm.cpu:no_kernels",
-        reason="asks nvcc for its version",
-        package="megatron-core",
-        versions=">=0.12.1,<0.17",
-        signatures=(("args",),),
-    ),
+    megatron("legacy.fused_kernels:load", "megatron_lm.cpu:no_kernels", "asks nvcc for its version", (("args",),)),
 )
 """For the training scripts of a Megatron-LM checkout, besides the above."""

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
+from patches.declaring import megatron
 from patches.manager import Patch
-
-_VERSIONS = ">=0.12.1,<0.17"
 
 
 def _core(target: str, factory: str, reason: str, signatures: tuple[tuple[str, ...], ...]) -> Patch:
-    return Patch(
-        target=f"megatron.core.{target}",
-        factory=f"ldt_schedules.megatron.{factory}",
-        reason=reason,
-        package="megatron-core",
-        versions=_VERSIONS,
-        signatures=signatures,
-    )
+    return megatron(f"core.{target}", f"megatron.{factory}", reason, signatures)
 
 
 _CONFIG_AND_RANK = (("config",), ("config", "vp_stage"), ("config", "vp_stage", "pp_rank"))

@@ -6,21 +6,8 @@ megatron-core counts, and the parameters tell the rest.
 
 from __future__ import annotations
 
+from patches.declaring import megatron
 from patches.manager import Patch
-
-VERSIONS = ">=0.12.1,<0.17"
-
-
-def _patch(target: str, factory: str, reason: str, signatures: tuple[tuple[str, ...], ...]) -> Patch:
-    return Patch(
-        target=f"megatron.{target}",
-        factory=f"ldt_schedules.{factory}",
-        reason=reason,
-        package="megatron-core",
-        versions=VERSIONS,
-        signatures=signatures,
-    )
-
 
 _START = (
     "extra_args_provider",
@@ -32,7 +19,7 @@ _START = (
     "get_position_embedding_ranks",
     "parsed_args",
 )
-_PRETRAIN = (
+PRETRAIN = (
     "train_valid_test_dataset_provider",
     "model_provider",
     "model_type",
@@ -46,13 +33,13 @@ _PRETRAIN = (
 )
 
 PATCHES: tuple[Patch, ...] = (
-    _patch(
+    megatron(
         "training.initialize:initialize_megatron",
         "megatron_lm.joining:join_after",
         "the link is joined when the site's world is open, and before anything asks which stage this is",
         (_START, (*_START, "store")),
     ),
-    _patch(
+    megatron(
         "training.training:get_model",
         "megatron_lm.model:get_model_of_site",
         "it asks the user's provider for a whole model, or for stages of one world's pipeline",
@@ -61,7 +48,7 @@ PATCHES: tuple[Patch, ...] = (
             ("model_provider_func", "model_type", "wrap_with_ddp", "config", "pg_collection"),
         ),
     ),
-    _patch(
+    megatron(
         "training.training:setup_model_and_optimizer",
         "megatron_lm.joining:agree_after_loading",
         "sites that loaded different iterations would train on, with a plausible loss",
@@ -77,25 +64,25 @@ PATCHES: tuple[Patch, ...] = (
             ("model_provider_func", "model_type", "checkpointing_context"),
         ),
     ),
-    _patch(
+    megatron(
         "training.training:build_train_valid_test_data_iterators",
         "megatron_lm.loop:no_data_in_the_cloud",
         "the cloud has no data to open, but must know whether the edge trains, validates and tests",
         (("build_train_valid_test_datasets_provider",),),
     ),
-    _patch(
+    megatron(
         "training.training:pretrain",
         "megatron_lm.joining:leave_after",
         "a process that ends takes its connections along; it must be the last to need them",
-        (_PRETRAIN, (*_PRETRAIN, "store", "inprocess_call_wrapper")),
+        (PRETRAIN, (*PRETRAIN, "store", "inprocess_call_wrapper")),
     ),
-    _patch(
+    megatron(
         "training.utils:calc_params_l2_norm",
         "megatron_lm.loop:parameter_norm_of_both_sites",
         "--log-params-norm: the norm of the whole model needs the other site's part",
         (("model", "force_create_fp32_copy"),),
     ),
-    _patch(
+    megatron(
         "training.dist_signal_handler:DistributedSignalHandler.signals_received",
         "megatron_lm.loop:signals_of_both_sites",
         "--exit-signal-handler: a signal to one site must stop both, at the same iteration",

@@ -70,17 +70,7 @@ FOR_LLM: tuple[Patch, ...] = (
         reason="a main program of its own, beside Megatron's; the sites must leave the link together",
         package="megatron-core",
         versions=_VERSIONS,
-        signatures=(
-            (
-                "train_valid_test_dataset_provider",
-                "model_provider",
-                "model_type",
-                "forward_step_func",
-                "process_non_loss_data_func",
-                "extra_args_provider",
-                "args_defaults",
-            ),
-        ),
+        signatures=(megatron_training.PRETRAIN[:7],),
     ),
 )
 """What our feature registers with MindSpeed-LLM."""

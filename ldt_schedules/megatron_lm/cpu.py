@@ -6,7 +6,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import patches
@@ -39,16 +39,6 @@ def _without_triton() -> ModuleType:
     module.enable_batch_invariant_mode = enable_batch_invariant_mode  # type: ignore[attr-defined]
     module.is_batch_invariant_mode_enabled = lambda: False  # type: ignore[attr-defined]
     return module
-
-
-def one_device(original: Function) -> Function:
-    """For `torch.cuda.device_count`: with none Megatron makes no parallel groups."""
-    return lambda: 1
-
-
-def no_properties(original: Function) -> Function:
-    """For `torch.cuda.get_device_properties`: so new a device that no setting of its queues is demanded."""
-    return lambda *args, **kwargs: SimpleNamespace(name="cpu", major=99, minor=0, total_memory=0)
 
 
 def compiled_or_made(original: Function) -> Function:

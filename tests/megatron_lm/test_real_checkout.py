@@ -86,7 +86,7 @@ def worst(found: Figures, wanted: Figures) -> float:
     """The greatest relative difference; both must hold the same figures."""
     assert found.keys() == wanted.keys() and wanted.keys() >= LOGGED
     pairs = [(x, y) for key in wanted for x, y in zip(found[key], wanted[key], strict=True)]
-    return max(abs(x - y) / abs(y) for x, y in pairs)
+    return max(abs(x - y) / (abs(y) or 1.0) for x, y in pairs)
 
 
 @pytest.mark.parametrize("ranks, layers", [(2, "1,2,1"), (3, "1,1,1,1"), (3, "2,1,1,0"), (4, "1,1,1,1,0")])
@@ -228,9 +228,10 @@ def test_sites_launched_apart_and_a_cloud_without_data(runs: Runs, tmp_path: Pat
     assert cloud.code == 0 and not cloud.figures and "lm loss" not in cloud.output, cloud.complaint
     assert "number of parameters on (tensor, pipeline) model parallel rank (0, 1)" in cloud.output
     assert not (tmp_path / "cloud").exists()
-    assert _scalars(tmp_path / "edge")["lm loss"] == pytest.approx(
-        [runs.reference()[f"iteration {number}"][0] for number in (3, 4, 5)], rel=1e-6
-    )
+    third, both, fifth = (runs.reference()[f"iteration {number}"][0] for number in (3, 4, 5))
+    # 0.16.1's console shows the mean of the first two iterations as the loss of the second; TensorBoard has that itself.
+    fourth = both if "0.12" in runs.script.parent.name else 2 * both - third
+    assert _scalars(tmp_path / "edge")["lm loss"] == pytest.approx([third, fourth, fifth], rel=1e-6)
 
 
 def _scalars(folder: Path) -> dict[str, list[float]]:
