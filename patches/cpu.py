@@ -62,6 +62,12 @@ MEGATRON_LM_PATCHES: tuple[Patch, ...] = (
         "calls `make` even where the helpers are compiled, as in the wheel, which has no makefile",
         ((),),
     ),
+    megatron(
+        "core.utils:is_te_min_version",
+        "megatron_lm.cpu:no_version_is_no",
+        "asked where checkpoints are loaded, and fails where Transformer Engine is not installed",
+        (("version", "check_equality"),),
+    ),
     megatron("legacy.fused_kernels:load", "megatron_lm.cpu:no_kernels", "asks nvcc for its version", (("args",),)),
 )
 """For the training scripts of a Megatron-LM checkout, besides the above."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import sys
@@ -49,6 +50,19 @@ def compiled_or_made(original: Function) -> Function:
             original()
 
     return compile_helpers
+
+
+def no_version_is_no(original: Function) -> Function:
+    """For `is_te_min_version`: a Transformer Engine that is not there is of no version."""
+
+    @functools.wraps(original)
+    def is_te_min_version(*args: Any, **kwargs: Any) -> bool:
+        try:
+            return bool(original(*args, **kwargs))
+        except (ImportError, TypeError):  # 0.12 imports it, 0.16 compares None
+            return False
+
+    return is_te_min_version
 
 
 def no_kernels(original: Function) -> Function:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ldt_schedules import device
-from ldt_schedules.errors import ConfigError
+from ldt_schedules.errors import ConfigError, LdtError
 from ldt_schedules.megatron import session
 from ldt_schedules.megatron.agreement import agree
 from ldt_schedules.megatron.session import Session, TableSource
@@ -126,14 +126,19 @@ def _agree_on_progress(run: Session) -> None:
 
 
 def leave_after(original: Function) -> Function:
-    """For `pretrain`: no process takes its connections away while another still needs them."""
+    """For `pretrain`: no process takes its connections away while another still needs them.
+
+    Raises:
+        LdtError: Megatron has given up. It then calls `sys.exit()` without a code, which a launcher takes for success.
+    """
 
     def pretrain(*args: Any, **kwargs: Any) -> Any:
         try:
             answer = original(*args, **kwargs)
-        except SystemExit as stop:  # --exit-interval and the signal handler end so
-            if stop.code in (None, 0):
-                leave_link()
+        except SystemExit as stop:  # --exit-interval and the signal handler end so, with a code
+            leave_link(abandon=stop.code != 0)
+            if stop.code is None:
+                raise LdtError("Megatron has stopped; why, it has printed above") from None
             raise
         leave_link()
         return answer

@@ -59,6 +59,10 @@ def site_arguments(sites: Sites) -> list[str]:
     kept = list(flags.others)
     if site is Site.CLOUD:
         kept = list(without(kept, EDGE_ONLY_FLAGS))
+    given = given_flags(kept)
+    if holds_a_whole_model(given.get("--load")) and "--no-load-rng" not in given:
+        # Its random states are those of another layout; Megatron 0.12 would stop over them.
+        kept.append("--no-load-rng")
     for flag in SITE_FOLDER_FLAGS:
         kept = list(_in_site_folder(kept, flag, site))
     made = ["--num-layers", str(flags.num_layers), "--tensor-model-parallel-size", str(size.tensor)]
@@ -67,7 +71,7 @@ def site_arguments(sites: Sites) -> list[str]:
         made += ["--context-parallel-size", str(flags.context_size)]
     if size.sequence_parallel:
         made.append("--sequence-parallel")
-    if "--rerun-mode" not in given_flags(kept):
+    if "--rerun-mode" not in given:
         # A second run of a step on one site alone would leave the sites at different steps.
         made += ["--rerun-mode", "disabled"]
     if site is Site.CLOUD:
@@ -127,5 +131,9 @@ def _in_site_folder(arguments: Sequence[str], flag: str, site: Site) -> Iterator
 
 
 def _site_folder(path: str, flag: str, site: Site) -> str:
-    whole_model = (Path(path) / "latest_checkpointed_iteration.txt").exists()
-    return path if flag == "--load" and whole_model else str(Path(path) / site.value)
+    return path if flag == "--load" and holds_a_whole_model(path) else str(Path(path) / site.value)
+
+
+def holds_a_whole_model(folder: str | None) -> bool:
+    """Has an unsplit run saved its checkpoints right there? A split run saves one folder deeper."""
+    return folder is not None and (Path(folder) / "latest_checkpointed_iteration.txt").exists()

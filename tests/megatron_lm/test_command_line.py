@@ -188,14 +188,15 @@ def test_megatrons_division_of_the_layers_comes_out(num_layers: int, ranks: int)
 def test_checkpoints_get_a_folder_for_each_site(tmp_path: Path) -> None:
     for site in Site:
         given = arguments_of(site, f"--save {tmp_path}/out --load={tmp_path}/out")
-        assert given["--save"] == given["--load"] == f"{tmp_path}/out/{site}"
+        assert given["--save"] == given["--load"] == f"{tmp_path}/out/{site}" and "--no-load-rng" not in given
 
 
 def test_a_checkpoint_of_the_whole_model_is_read_by_both(tmp_path: Path) -> None:
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
     for site in Site:
         assert arguments_of(site, f"--load {tmp_path} --save {tmp_path}")["--load"] == str(tmp_path)
-        assert arguments_of(site, f"--load {tmp_path} --save {tmp_path}")["--save"] == f"{tmp_path}/{site}"
+        given = arguments_of(site, f"--load {tmp_path} --save {tmp_path}")
+        assert given["--save"] == f"{tmp_path}/{site}" and "--no-load-rng" in given
 
 
 def test_a_flag_goes_with_all_its_values() -> None:

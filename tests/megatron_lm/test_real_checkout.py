@@ -27,12 +27,20 @@ MODEL = words("""--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-l
 --log-interval 1 --attention-dropout 0 --hidden-dropout 0 --position-embedding-type rope --num-workers 0
 --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-gelu-fusion
 --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion --split 80,10,10""")
+UNTIED = "--untie-embeddings-and-output-weights"
+TIED = "(tied)"
+"""Stands for the absence of UNTIED. A tied weight's gradient is summed in another order, so the last digit may differ."""
 BY_ITERATIONS = words("--train-iters 5 --lr-decay-iters 100")
 SPLIT = ("--layerwise-disaggregated-training", "--pipeline-model-parallel-size")
 SAVED = 2
 LOGGED = {"iteration 3", "iteration 4", "iteration 5", "validation iteration 4"}
 
 Options = tuple[object, ...]
+
+
+def line(*options: object) -> Options:
+    """The model's arguments and these."""
+    return (*MODEL, *(option for option in options if option != TIED), *(() if TIED in options else (UNTIED,)))
 
 
 @dataclass(frozen=True)
@@ -44,11 +52,11 @@ class Runs:
     known: dict[tuple[Options, Options], Figures] = field(default_factory=dict)
 
     def one_process(self, *options: object, **environment: str) -> Finished:
-        arguments = (self.script, *MODEL, *options)
+        arguments = (self.script, *line(*options))
         return torchrun(1, "one_process", *arguments, folder=self.folder, LDT_TEST_KEYS="layer", **environment)
 
     def split(self, processes: int, *options: object) -> Finished:
-        return torchrun(processes, "ldt_schedules", "launch", self.script, *MODEL, *options, folder=self.folder)
+        return torchrun(processes, "ldt_schedules", "launch", self.script, *line(*options), folder=self.folder)
 
     def sites(self, edge: Options, cloud: Options, processes: int) -> tuple[Finished, Finished]:
         """One launch a site, as two administrators would do: an edge of one process and a cloud."""
@@ -127,7 +135,7 @@ def test_distributed_optimizer_with_overlap(runs: Runs) -> None:
 @pytest.mark.parametrize(
     "model",
     [
-        pytest.param(("--untie-embeddings-and-output-weights",), id="untied"),
+        pytest.param((TIED,), id="tied"),
         pytest.param(words("--group-query-attention --num-query-groups 2 --swiglu --disable-bias-linear"), id="GQA"),
         pytest.param(("--position-embedding-type", "learned_absolute", "--normalization", "RMSNorm"), id="learned"),
         pytest.param(("--bf16",), id="bf16"),
@@ -191,12 +199,16 @@ def test_a_signal_to_one_site_stops_both_at_the_same_iteration(runs: Runs, tmp_p
     psutil = pytest.importorskip("psutil")
     saved = tmp_path / "saved"
     options = words("--train-iters 100000 --lr-decay-iters 100000 --exit-signal-handler --eval-iters 0")
-    options = (*MODEL, *options, *SPLIT, 2, "--save", saved)
+    options = line(*options, *SPLIT, 2, "--save", saved)
     with started(2, "ldt_schedules", "launch", runs.script, *options, folder=runs.folder) as launch:
         assert launch.stdout is not None
-        for line in launch.stdout:
-            if re.search(r"iteration +5/", line):
+        seen = []
+        for text in launch.stdout:
+            seen.append(text)
+            if re.search(r"iteration +5/", text):
                 break
+        else:
+            pytest.fail("".join(seen)[-5000:])
         workers = [child for child in psutil.Process(launch.pid).children() if child.environ().get("RANK") == "0"]
         workers[0].send_signal(signal.SIGTERM)
         rest, _ = launch.communicate(timeout=120)
@@ -255,7 +267,7 @@ def test_the_adaptor_as_the_first_line_of_a_script(runs: Runs) -> None:
     script = runs.script.with_name("pretrain_with_adaptor.py")
     script.write_text("import ldt_schedules.megatron_adaptor\n" + runs.script.read_text())
     shutil.copy(script, runs.script.with_name("pretrain_with_adaptor_as_module.py"))
-    options = (*MODEL, *BY_ITERATIONS, *SPLIT, 2, "--load", runs.checkpoint())
+    options = line(*BY_ITERATIONS, *SPLIT, 2, "--load", runs.checkpoint())
     path = {"PYTHONPATH": str(runs.script.parent)}
     split = torchrun(2, script.stem, *options, folder=runs.folder, **path)
     assert worst(split.require(3, 4, 5), runs.reference()) == 0.0
