@@ -44,7 +44,13 @@ def launch(context: typer.Context) -> None:
     with messages_of_one_of_many():
         prepare_script(arguments[0], arguments[1:])
         enter_site()
-        run_script(arguments[0])
+        try:
+            run_script(arguments[0])
+        except SystemExit as stop:
+            if stop.code == 0:
+                leave_world()
+            raise
+        leave_world()
 
 
 def enter_site() -> None:
@@ -56,3 +62,11 @@ def enter_site() -> None:
     sites = adopt()
     if sites is not None and sites.place.global_rank == 0:
         typer.echo(description(sites))
+
+
+def leave_world() -> None:
+    """Megatron leaves its process groups to the end of the process, where their threads may outlive what they use."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -86,6 +86,11 @@ class Link:
         """Return when every process of both sites has called this."""
         self.sum_over_sites(torch.zeros(1))
 
+    def close(self) -> None:
+        """Give the groups and the store back now: left to the end of the process, their threads may outlive what they use."""
+        self.channels.clear()
+        self.scalars = self.store = None
+
 
 def connect(
     *,

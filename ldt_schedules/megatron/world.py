@@ -98,6 +98,7 @@ def leave_link(abandon: bool = False) -> None:
         if not abandon:
             run.link.wait_for_all()
         session.uninstall()
+        run.link.close()
 
 
 def close_site(abandon: bool = False) -> None:

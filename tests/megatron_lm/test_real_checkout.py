@@ -68,6 +68,15 @@ class Runs:
             first, second = (one.result() for one in launched)
         return first, second
 
+    @property
+    def is_old(self) -> bool:
+        return "0.12" in self.script.parent.name
+
+    @property
+    def format(self) -> Options:
+        """Of the checkpoints that a split run writes: the newer one of 0.12 cannot be written with a new torch."""
+        return ("--ckpt-format", "torch") if self.is_old else ()
+
     def checkpoint(self, *model: object) -> Path:
         """Of an unsplit run after two iterations, Adam's state included."""
         path = self.folder / ("checkpoint " + " ".join(map(str, model)))
@@ -90,18 +99,34 @@ def runs(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(assembled(checkout, folder) / "pretrain_gpt.py", folder)
 
 
+LAST_DIGIT = 1.01e-3
+"""Of norms, which the console shows with three decimals; of losses it shows seven digits."""
+
+
 def worst(found: Figures, wanted: Figures) -> float:
     """The greatest relative difference; both must hold the same figures."""
     assert found.keys() == wanted.keys() and wanted.keys() >= LOGGED
-    pairs = [(x, y) for key in wanted for x, y in zip(found[key], wanted[key], strict=True)]
-    return max(abs(x - y) / (abs(y) or 1.0) for x, y in pairs)
+    losses = [(found[key][0], wanted[key][0], 0.0) for key in wanted]
+    norms = [(x, y, LAST_DIGIT) for key in wanted for x, y in zip(found[key][1:], wanted[key][1:], strict=True)]
+    return max(max(0.0, abs(x - y) - unit) / (abs(y) or 1.0) for x, y, unit in losses + norms)
+
+
+def assert_the_same(runs: Runs, found: Figures, wanted: Figures) -> None:
+    """To every printed digit. Under core_v0.12.1 to what two unsplit runs of one command differ by there.
+
+    Measured: one process twice 1.1e-7, two pipeline ranks of stock Megatron against one process 3.4e-7.
+    """
+    if runs.is_old:
+        assert worst(found, wanted) <= 4e-7
+    else:
+        assert found == wanted
 
 
 @pytest.mark.parametrize("ranks, layers", [(2, "1,2,1"), (3, "1,1,1,1"), (3, "2,1,1,0"), (4, "1,1,1,1,0")])
 def test_a_split_run_prints_what_an_unsplit_one_prints(runs: Runs, ranks: int, layers: str) -> None:
     """U of 1 edge and 1, 2 or 3 cloud ranks: losses, gradient norms, validation and test, to all printed digits."""
     split = runs.split(ranks, *BY_ITERATIONS, *SPLIT, ranks, "--ldt-layers", layers, "--load", runs.checkpoint())
-    assert worst(split.require(3, 4, 5), runs.reference()) == 0.0
+    assert_the_same(runs, split.require(3, 4, 5), runs.reference())
 
 
 TP_1_2 = ("--tensor-model-parallel-size", 2, "--ldt-edge-tensor-model-parallel-size", 1)
@@ -145,7 +170,7 @@ def test_distributed_optimizer_with_overlap(runs: Runs) -> None:
 def test_other_models(runs: Runs, model: Options) -> None:
     split = runs.split(3, *model, *BY_ITERATIONS, *SPLIT, 3, "--load", runs.checkpoint(*model))
     # The last printed digit of a loss near 9 is 1e-7 of it.
-    assert worst(split.require(3, 4, 5), runs.reference(model)) <= (1e-5 if "16" in model[0] else 2.5e-7)
+    assert worst(split.require(3, 4, 5), runs.reference(model)) <= (1e-4 if "16" in model[0] else 4e-7)
 
 
 RAMPUP = words("--train-samples 20 --lr-decay-samples 400 --rampup-batch-size 2 2 12 --override-opt_param-scheduler")
@@ -175,23 +200,16 @@ def test_options_of_the_loop(runs: Runs, loop: Options, split_only: Options) -> 
 
 @pytest.mark.parametrize("processes, sizes", [(2, ()), (3, TP_1_2)], ids=["equal", "TP 1 and 2"])
 def test_a_split_run_resumes_itself(runs: Runs, processes: int, sizes: Options, tmp_path: Path) -> None:
-    """--exit-interval stops both sites after iteration 4; what they saved goes on as if nothing had been."""
-    common = (*BY_ITERATIONS, *SPLIT, 2, *sizes, "--save", tmp_path / "saved", "--save-interval", 4)
-    if "0.12" in runs.script.parent.name:
-        common += (
-            "--ckpt-format",
-            "torch",
-            "--auto-detect-ckpt-format",
-        )  # its other format cannot be written with a new torch
-    stopped = runs.split(processes, *common, "--exit-interval", 4, "--load", runs.checkpoint())
-    assert "iteration 5" not in stopped.require(3, 4)
+    """--exit-interval stops both sites after iteration 4; what they saved goes on as the run that was not stopped."""
+    common = (*BY_ITERATIONS, *SPLIT, 2, *sizes, *runs.format)
+    saving = ("--save", tmp_path / "saved", "--save-interval", 4, "--load", tmp_path / "saved")
+    stopped = runs.split(processes, *common, *saving, "--exit-interval", 4).require(1, 2, 3, 4)
+    assert "iteration 5" not in stopped
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["cloud", "edge"]
-    resumed = runs.split(processes, *common, "--load", tmp_path / "saved").require(5)
+    resumed = runs.split(processes, *common, *saving).require(5)
     assert "iteration 4" not in resumed
-    reference = runs.reference()
-    for key, figures in {**stopped.figures, **resumed}.items():
-        assert figures == pytest.approx(reference[key], rel=1e-5 if sizes else 0, abs=0), key
-    assert {**stopped.figures, **resumed}.keys() == reference.keys()
+    through = runs.split(processes, *common).require(1, 2, 3, 4, 5)
+    assert_the_same(runs, {**stopped, **resumed}, through)
 
 
 def test_a_signal_to_one_site_stops_both_at_the_same_iteration(runs: Runs, tmp_path: Path) -> None:
@@ -199,7 +217,7 @@ def test_a_signal_to_one_site_stops_both_at_the_same_iteration(runs: Runs, tmp_p
     psutil = pytest.importorskip("psutil")
     saved = tmp_path / "saved"
     options = words("--train-iters 100000 --lr-decay-iters 100000 --exit-signal-handler --eval-iters 0")
-    options = line(*options, *SPLIT, 2, "--save", saved)
+    options = line(*options, *SPLIT, 2, "--save", saved, "--save-interval", 100000, *runs.format)
     with started(2, "ldt_schedules", "launch", runs.script, *options, folder=runs.folder) as launch:
         assert launch.stdout is not None
         seen = []
@@ -236,13 +254,13 @@ def test_sites_launched_apart_and_a_cloud_without_data(runs: Runs, tmp_path: Pat
     board = ("--tensorboard-dir", tmp_path / "edge", "--tensorboard-log-interval", 1)
     nobody = ("--tensorboard-dir", tmp_path / "cloud", "--tokenizer-type", "GPT2BPETokenizer")
     edge, cloud = runs.sites((*common, *board), (*common, *nowhere, *nobody), processes=2)
-    assert worst(edge.require(3, 4, 5), runs.reference()) == 0.0
+    assert_the_same(runs, edge.require(3, 4, 5), runs.reference())
     assert cloud.code == 0 and not cloud.figures and "lm loss" not in cloud.output, cloud.complaint
     assert "number of parameters on (tensor, pipeline) model parallel rank (0, 1)" in cloud.output
     assert not (tmp_path / "cloud").exists()
     third, both, fifth = (runs.reference()[f"iteration {number}"][0] for number in (3, 4, 5))
     # 0.16.1's console shows the mean of the first two iterations as the loss of the second; TensorBoard has that itself.
-    fourth = both if "0.12" in runs.script.parent.name else 2 * both - third
+    fourth = both if runs.is_old else 2 * both - third
     assert _scalars(tmp_path / "edge")["lm loss"] == pytest.approx([third, fourth, fifth], rel=1e-6)
 
 
@@ -257,9 +275,10 @@ def test_with_the_flag_absent_nothing_is_changed(runs: Runs) -> None:
     """The patches applied and the switch off; and `ldt launch` without the switch: the log is that of the stock run."""
     loaded = (*BY_ITERATIONS, "--load", runs.checkpoint())
     patched = runs.one_process(*loaded, LDT_TEST_PATCHES="applied").require(3, 4, 5)
-    assert patched == runs.reference()
+    assert_the_same(runs, patched, runs.reference())
     # Not from the checkpoint, whose keys only the test's own runs read.
-    assert runs.split(1, *BY_ITERATIONS).require(1, 5) == runs.one_process(*BY_ITERATIONS).require(1, 5)
+    launched, stock = runs.split(1, *BY_ITERATIONS), runs.one_process(*BY_ITERATIONS)
+    assert_the_same(runs, launched.require(*range(1, 6)), stock.require(*range(1, 6)))
 
 
 def test_the_adaptor_as_the_first_line_of_a_script(runs: Runs) -> None:
@@ -270,7 +289,7 @@ def test_the_adaptor_as_the_first_line_of_a_script(runs: Runs) -> None:
     options = line(*BY_ITERATIONS, *SPLIT, 2, "--load", runs.checkpoint())
     path = {"PYTHONPATH": str(runs.script.parent)}
     split = torchrun(2, script.stem, *options, folder=runs.folder, **path)
-    assert worst(split.require(3, 4, 5), runs.reference()) == 0.0
+    assert_the_same(runs, split.require(3, 4, 5), runs.reference())
 
 
 def test_what_a_split_model_cannot_honour_is_refused_before_anything_starts(runs: Runs) -> None:
