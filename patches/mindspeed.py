@@ -9,8 +9,6 @@ needs these before its manager has read the model's json.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from ldt_schedules.mindspeed import llm, mm
 from patches import megatron_core, megatron_training
 from patches.manager import Patch
@@ -21,12 +19,7 @@ their own version numbers do not change."""
 
 _MM_PARALLEL_STATE = "mindspeed_mm.patchs.layerwise_disaggregated_training.parallel_state_patch"
 
-FOR_MM: tuple[Patch, ...] = tuple(
-    replace(patch, factory="ldt_schedules.mindspeed.mm:only_with_a_link")
-    if patch.target.endswith(":get_forward_backward_func")
-    else patch
-    for patch in megatron_core.PATCHES
-)
+FOR_MM: tuple[Patch, ...] = megatron_core.PATCHES
 """What the model-json key `patch.layerwise_disaggregated_training` stands for."""
 
 

@@ -13,8 +13,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ldt_schedules.errors import ConfigError
-from ldt_schedules.megatron import session
 from ldt_schedules.mindspeed.registration import Pair, Registrar, dotted, wrapper_of
 from patches import manager
 from patches.manager import Patch, PatchError
@@ -93,23 +91,6 @@ def arguments_stay(original: Callable[[Any], None]) -> Callable[[Any], None]:
         del args
 
     return functools.update_wrapper(leave_arguments, original)
-
-
-def only_with_a_link(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For `get_forward_backward_func`: with the key set and no other site, Megatron's own schedule would train something else."""
-    from ldt_schedules.megatron.forward_backward import select_forward_backward_func
-
-    selected = select_forward_backward_func(original)
-
-    def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
-        if session.current() is None:
-            raise ConfigError(
-                f"the model's json sets patch.{KEY}, but this process has joined no link, so there is no other site; join "
-                "it after the process groups are made (ldt_schedules.megatron.world.join_link), or unset the key"
-            )
-        return selected(*args, **kwargs)
-
-    return get_forward_backward_func
 
 
 def left_alone(original: Callable[..., None]) -> Callable[..., None]:

@@ -70,29 +70,6 @@ def test_a_declaration_becomes_one_wrapper(workers):
     assert seen["static"], "called on an object, a plain function would get the object as its first argument"
 
 
-def a_key_without_a_link() -> str:
-    from megatron.core.pipeline_parallel import schedules
-
-    from ldt_schedules.errors import ConfigError
-    from ldt_schedules.mindspeed.registration import Registrar
-    from patches import mindspeed
-
-    foreign = stand_in.PatchManager()
-    Registrar(mindspeed.FOR_MM).register(foreign)
-    foreign.apply_patches()
-    try:
-        schedules.get_forward_backward_func()
-    except ConfigError as error:
-        return str(error)
-    return "a schedule was given"
-
-
-def test_the_key_without_a_link_is_refused(workers):
-    """Megatron's own schedule would train on, and what it trains is not what the key asks for."""
-    (told,) = workers.run(a_key_without_a_link, [()])
-    assert "patch.layerwise_disaggregated_training" in told and "has joined no link" in told
-
-
 def ours_was_first() -> dict[str, Any]:
     from megatron.core.optimizer import clip_grads
 

@@ -14,7 +14,10 @@ def print_rank_last(message: str) -> None:
 
 
 def calc_params_l2_norm(model: Any, force_create_fp32_copy: bool = False) -> float:
-    squares = [(parameter.float() ** 2).sum() for chunk in model for parameter in chunk.parameters()]
+    first = parallel_state.get_tensor_model_parallel_rank() == 0
+    parameters = [parameter for chunk in model for parameter in chunk.parameters()]
+    mine = [one for one in parameters if first or getattr(one, "tensor_model_parallel", False)]  # others are copies
+    squares = [(parameter.float() ** 2).sum() for parameter in mine]
     total = torch.stack([torch.zeros([]), *squares]).sum()
     torch.distributed.all_reduce(total, group=parallel_state.get_model_parallel_group())
     return float(total) ** 0.5
