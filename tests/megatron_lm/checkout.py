@@ -122,8 +122,9 @@ def figures(output: str) -> Figures:
     """What Megatron's console shows of the training and the evaluation, to all printed digits."""
     found: Figures = {}
     number = r"([-+.\dEe]+|nan|inf)"
-    for line in output.splitlines():
-        if training := re.search(rf"iteration\s+(\d+)/.*lm loss: {number} \|.*grad norm: {number} \|", line):
+    # Processes write a line and its end apart, so two of them may share a line.
+    for line in re.split(r"\n|(?= \[20\d\d-)|(?= iteration +\d+/)", output):
+        if training := re.search(rf"iteration +(\d+)/.*lm loss: {number} \|.*grad norm: {number} \|", line):
             more = [match[1] for match in re.finditer(rf"(?:num zeros|params norm): {number} \|", line)]
             found[f"iteration {training[1]}"] = tuple(map(float, (training[2], training[3], *more)))
         if evaluation := re.search(rf"validation loss at (iteration .*?) \| lm loss value: {number} \|", line):
