@@ -303,17 +303,17 @@ def test_what_a_split_model_cannot_honour_is_refused_before_anything_starts(runs
 
 
 UNIT_TESTS = "tests/unit_tests/pipeline_parallel/test_schedules.py"
-CHOICE = "test_get_forward_backward_func or without_pipeline_parallel or with_pipeline_parallel"
 
 
 def test_megatrons_own_unit_tests_of_the_schedules(runs: Runs) -> None:
     """They pass with the patches in place and the switch off, as they do without."""
     pytest.importorskip("pytest_mock")
-    command = (UNIT_TESTS, "-k", CHOICE, "-p", "unit_tests_plugin", "--noconftest", "-o", "addopts=", "-rA", "-q")
+    command = (UNIT_TESTS, "-p", "unit_tests_plugin", "--noconftest", "-o", "addopts=", "-rA", "-q")
     outcomes = []
     for patches in ("", "applied"):
         path = {"PYTHONPATH": str(runs.script.parent), "LDT_TEST_PATCHES": patches}
-        done = torchrun(8, "pytest", *command, folder=runs.script.parent, **path)
+        done = torchrun(1, "pytest", *command, folder=runs.script.parent, **path)
         assert done.code == 0, done.complaint
-        outcomes.append(sorted(set(re.findall(r"^(?:PASSED|FAILED|SKIPPED) .*", done.output, re.MULTILINE))))
-    assert outcomes[0] == outcomes[1] and sum(one.startswith("PASSED") for one in outcomes[0]) >= 2
+        outcomes.append(set(re.findall(r"^PASSED .*", done.output, re.MULTILINE)))
+    assert outcomes[0] == outcomes[1]
+    assert any(one.endswith("::test_get_forward_backward_func") for one in outcomes[1]) and len(outcomes[1]) >= 6

@@ -6,14 +6,15 @@ Done at import, before the checkout's conftest loads Megatron.
 
 from __future__ import annotations
 
+import functools
 import os
-from datetime import timedelta
 
 import pytest
 
 from ldt_schedules.megatron_lm.cpu import prepare_for_cpu
 from patches import manager, megatron_core, megatron_training
 
+os.environ["WORLD_SIZE"] = "8"  # see initialize_distributed below
 prepare_for_cpu()
 if os.environ.get("LDT_TEST_PATCHES") != "applied":
     manager.revert((*megatron_core.PATCHES, *megatron_training.PATCHES))
@@ -21,12 +22,17 @@ if os.environ.get("LDT_TEST_PATCHES") != "applied":
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     import torch
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from tests.unit_tests.test_utilities import Utils
 
     def initialize_distributed() -> None:
+        """A world of 8 in one process: these tests ask for groups of 8, and send nothing that they look at."""
         if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo", timeout=timedelta(minutes=1))
+            torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
         Utils.inited = True
 
     Utils.initialize_distributed = staticmethod(initialize_distributed)
+    Utils.initialize_model_parallel = staticmethod(
+        functools.partial(Utils.initialize_model_parallel, create_gloo_process_groups=False)
+    )
