@@ -12,6 +12,8 @@ def _core(target: str, factory: str, reason: str, signatures: tuple[tuple[str, .
 
 _CONFIG_AND_RANK = (("config",), ("config", "vp_stage"), ("config", "vp_stage", "pp_rank"))
 
+_BY_POSITION = "up to 0.12 the groups of a checkpoint are loaded by position; the cloud's come in another order"
+
 PATCHES: tuple[Patch, ...] = (
     _core(
         "pipeline_parallel.schedules:get_forward_backward_func",
@@ -87,5 +89,13 @@ PATCHES: tuple[Patch, ...] = (
         "cross_site:non_finite_on_either_site",
         "the same",
         (("self",),),
+    ),
+    *(
+        _core(target, "parameter_groups:load_groups_by_identity", _BY_POSITION, (("self", "state_dict"),))
+        for target in (
+            "optimizer.optimizer:FP32Optimizer.load_state_dict",
+            "optimizer.optimizer:Float16OptimizerWithFloat16Params.load_state_dict",
+            "optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict",
+        )
     ),
 )

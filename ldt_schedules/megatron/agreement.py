@@ -6,6 +6,8 @@ from typing import Any
 
 from ldt_schedules.errors import ConfigError
 from ldt_schedules.megatron.session import Session
+from ldt_schedules.planning.formats import table_hash
+from ldt_schedules.planning.table import ScheduleTable
 from ldt_schedules.topology import Site
 
 
@@ -43,6 +45,11 @@ def differing_keys(mine: dict[str, Any], theirs: dict[str, Any], my_site: Site |
         for key in sorted({*edge, *cloud})
         if key not in edge or key not in cloud or edge[key] != cloud[key]
     ]
+
+
+def fingerprint(name: str, table: ScheduleTable) -> dict[str, str]:
+    """An entry for `agree`: the table by its hash, whatever file or planner it came from."""
+    return {f"{name} (hash of the table)": table_hash(table)[:16]}
 
 
 def _shown(fingerprint: dict[str, Any], key: str) -> str:

@@ -77,7 +77,7 @@ class EdgeChunks(MegatronModule):
             found.pop(f"tail.{prefix}{_OUTPUT_WEIGHT}", None)
         return found
 
-    def load_state_dict(self, state_dict: Any, strict: bool = True) -> Any:
+    def load_state_dict(self, state_dict: Any, strict: bool = True) -> None:
         """Takes what the two functions above give."""
         given = dict(state_dict)
         if self.shares_parameters and f"head.{_EMBEDDING_WEIGHT}" in given:

@@ -6,6 +6,7 @@ torchrun ... -m ldt_schedules launch pretrain_gpt.py --layerwise-disaggregated-t
     ├─ sites.py          both sites from the flags; what this process is
     ├─ site_arguments.py this site's plain Megatron command line
     ├─ environment.py    this site's RANK, WORLD_SIZE, MASTER_PORT, and where the link is
+    ├─ schedule.py       the planner's tables, or the user's own
     ├─ refusals.py       what a U cannot honour, by name
     ├─ adaptor.py        does all of the above, then applies the patches
     └─ script.py         runs the user's script

@@ -17,6 +17,7 @@ from ldt_schedules.errors import ConfigError
 from ldt_schedules.megatron_lm import environment, flags
 from ldt_schedules.megatron_lm.cpu import prepare_for_cpu
 from ldt_schedules.megatron_lm.refusals import refuse_what_a_u_cannot_honour
+from ldt_schedules.megatron_lm.schedule import schedule_of
 from ldt_schedules.megatron_lm.site_arguments import site_arguments
 from ldt_schedules.megatron_lm.sites import Sites, sites
 
@@ -49,9 +50,9 @@ def adopt(arguments: list[str] | None = None) -> Sites | None:
     read = flags.parse(given)
     found = sites(read, *environment.launched_as(os.environ))
     refuse_what_a_u_cannot_honour(read.others, known_to_megatron(), read.layers)
-    joining.table_source(found)
+    schedule = schedule_of(found)
     patches.apply_for_megatron_lm()
-    joining.expect(found, *environment.enter_site(found, os.environ))
+    joining.expect(found, schedule, *environment.enter_site(found, os.environ))
     sys.argv[1:] = site_arguments(found)
     return found
 

@@ -12,7 +12,7 @@ _OF_A_SITE = {
     "pipeline_model_parallel_size", "transformer_pipeline_model_parallel_size", "expert_tensor_parallel_size",
     "sequence_parallel", "async_tensor_model_parallel_allreduce", "untie_embeddings_and_output_weights",
     "decoder_first_pipeline_num_layers", "model_parallel_size", "save", "load", "mock_data", "padded_vocab_size",
-    "transformer_impl", "attention_backend", "num_workers", "distributed_backend", "use_flash_attn", "spec",
+    "transformer_impl", "attention_backend", "num_workers", "distributed_backend", "use_flash_attn",
     "gradient_accumulation_fusion", "masked_softmax_fusion", "bias_gelu_fusion", "bias_swiglu_fusion",
     "bias_dropout_fusion", "apply_rope_fusion", "cross_entropy_loss_fusion", "cross_entropy_fusion_impl",
     "persist_layer_norm", "use_distributed_optimizer", "manual_gc", "manual_gc_interval", "manual_gc_eval",

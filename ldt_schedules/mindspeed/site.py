@@ -47,9 +47,9 @@ def prepare() -> None:
     """
     from ldt_schedules.megatron_lm import joining
     from ldt_schedules.megatron_lm.adaptor import known_to_megatron
+    from ldt_schedules.megatron_lm.schedule import schedule_of
 
     assert _entered is not None, "the switch is on, but no site has been entered"
     found, host, port = _entered
     refuse_what_a_u_cannot_honour(found.flags.others, known_to_megatron(), found.flags.layers)
-    joining.table_source(found)
-    joining.expect(found, host, port)
+    joining.expect(found, schedule_of(found), host, port)

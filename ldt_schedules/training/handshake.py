@@ -6,7 +6,6 @@ from typing import Any
 
 from ldt_schedules.megatron import agreement
 from ldt_schedules.megatron.session import Session
-from ldt_schedules.planning.formats import table_hash
 from ldt_schedules.training.config import TrainConfig, shared_fingerprint
 
 
@@ -22,4 +21,4 @@ def agree(config: TrainConfig, run: Session) -> None:
 def fingerprint(config: TrainConfig, run: Session) -> dict[str, Any]:
     """What must be equal: the config's shared keys, and the schedule whatever file it came from."""
     table = run.table_for(config.num_microbatches, False)
-    return {**shared_fingerprint(config), "schedule (hash of the table)": table_hash(table)[:16]}
+    return {**shared_fingerprint(config), **agreement.fingerprint("schedule", table)}

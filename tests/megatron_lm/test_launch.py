@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ldt_schedules.comm.ports import free_ports
+from ldt_schedules.planning import Layout, plan, write_table
 from tests.megatron_lm.checkout import Figures, Finished, core_paths, core_version, torchrun, words
 
 SCRIPT = Path(__file__).parent / "stand_in" / "pretrain_tiny.py"
@@ -82,13 +83,15 @@ def test_sites_launched_apart(tmp_path: Path) -> None:
     [
         ("--lr 0.1", "--lr 0.2", ["lr: edge 0.1, cloud 0.2", "give both sites the same command line"]),
         ("--load {folder}/a", "--load {folder}/b", ["iteration: edge 4, cloud 2", "(--ckpt-step)"]),
+        ("--ldt-plan {folder}/gpipe.json", "", ["--ldt-plan (hash of the table): edge ", ", cloud (key unknown)"]),
     ],
-    ids=["arguments", "checkpoints"],
+    ids=["arguments", "checkpoints", "plan"],
 )
 def test_sites_that_differ_say_how_and_stop_both(edge: str, cloud: str, told: list[str], tmp_path: Path) -> None:
     for name, iteration in (("a/edge", 4), ("b/cloud", 2)):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+    (tmp_path / "gpipe.json").write_text(write_table(plan("gpipe", Layout.u(2), 3), "json"))
     (port,) = free_ports(1)
     common = f"{ON} --pipeline-model-parallel-size 2 --ldt-link 127.0.0.1:{port}"
     with ThreadPoolExecutor() as pool:
