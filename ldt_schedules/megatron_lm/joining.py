@@ -23,7 +23,6 @@ from ldt_schedules.topology import Site
 Function = Callable[..., Any]
 
 
-
 @dataclass(frozen=True)
 class _Expected:
     """What this process will join when Megatron has started."""
