@@ -16,7 +16,7 @@ from ldt_schedules.errors import ConfigError
 from ldt_schedules.planning.errors import ScheduleError
 
 if TYPE_CHECKING:
-    from ldt_schedules.planning import Layout, ScheduleTable
+    from ldt_schedules.planning import ScheduleTable
     from ldt_schedules.planning.formats.trace_json import Trace
     from ldt_schedules.planning.problem import Problem
     from ldt_schedules.rendering.panel import Panel
@@ -160,7 +160,7 @@ class _Source:
         from ldt_schedules.rendering.panel import Panel
 
         check(table)
-        if self.problem is not None and _places(self.problem.layout) != _places(table.layout):
+        if self.problem is not None and not self.problem.layout.same_work(table.layout):
             raise ScheduleError(f"its stages stand on other ranks than those of the problem {self.path}")
         self.costs.check_fit(table.layout, table.num_microbatches)
         timeline = simulate(table.layout, table.ranks, self.costs)
@@ -175,10 +175,6 @@ class _Source:
 
         problem = Problem(table.layout, table.num_microbatches, self.costs)
         return lower_bounds(problem, is_split(table.ranks)).best
-
-
-def _places(layout: Layout) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    return [(stage.ranks, stage.inputs) for stage in layout.stages]
 
 
 def _show(panels: Sequence[Panel], out: Path | None, json_output: bool, width: int | None) -> None:

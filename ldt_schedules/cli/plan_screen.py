@@ -59,7 +59,7 @@ def _stages(given: PlanInput) -> Table:
     for row in given.rows:
         sent = "" if row.message_mib is None else f"{row.message_mib:.3g}"
         table.add_row(
-            f"{row.stage} {row.name}", rank_name(row.rank), str(row.layers), f"{row.forward_gflop:.3g}",
+            f"{row.stage} {row.name}", rank_name(row.rank, given.problem.layout), str(row.layers), f"{row.forward_gflop:.3g}",
             f"{row.forward_ms:.3g}", f"{row.backward_ms:.3g}", f"{row.activation_mib:.3g}", sent,
         )  # fmt: skip
     return table
@@ -102,7 +102,7 @@ def _depths(given: PlanInput, problem: Problem, chosen: Evaluation) -> Table:
     for depth in depths(problem, chosen):
         enough = depth.used >= min(depth.needed, problem.num_microbatches)
         table.add_row(
-            f"{depth.stage} {problem.layout.stages[depth.stage].name}", rank_name(depth.rank),
+            f"{depth.stage} {problem.layout.stages[depth.stage].name}", rank_name(depth.rank, problem.layout),
             time_text(depth.round_trip, given.time_unit), str(depth.needed),
             str(depth.used) if enough else f"[yellow]{depth.used}[/yellow]",
         )  # fmt: skip

@@ -8,7 +8,7 @@ holds, and the runtime checks at the end of a step that none is left.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -41,17 +41,21 @@ class SendHandle(Protocol):
 class RecvHandle(Protocol):
     """A posted receive."""
 
-    def wait(self) -> torch.Tensor:
-        """Block until the tensor is there and return it, or raise when the link's deadline has passed."""
+    def wait(self) -> Any:
+        """Block until the content is there and return it, or raise when the link's deadline has passed."""
 
 
 class Transport(Protocol):
-    """Point-to-point transfers between pipeline ranks, peers always named."""
+    """Point-to-point transfers between pipeline ranks, peers always named.
+
+    A transport that knows shapes beforehand (`BoundaryTransport`) carries one tensor and is told its `TensorSpec`; one whose
+    messages describe themselves (`MessageTransport`) carries several tensors or none.
+    """
 
     traffic: Traffic
 
-    def post_send(self, tensor: torch.Tensor, *, peer: int, lane: Lane, tag: int) -> SendHandle:
-        """Start sending `tensor` to pipeline rank `peer`."""
+    def post_send(self, content: Any, /, *, peer: int, lane: Lane, tag: int) -> SendHandle:
+        """Start sending `content` to pipeline rank `peer`."""
 
-    def post_recv(self, spec: TensorSpec, *, peer: int, lane: Lane, tag: int) -> RecvHandle:
-        """Start receiving a tensor of `spec` from pipeline rank `peer`."""
+    def post_recv(self, spec: Any, /, *, peer: int, lane: Lane, tag: int) -> RecvHandle:
+        """Start receiving from pipeline rank `peer` what `spec` tells of."""

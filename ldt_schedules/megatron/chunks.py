@@ -2,7 +2,8 @@
 
     edge                                     cloud rank r
     EdgeChunks ─┬─ head  (embedding, layers)   chunk (layers)
-                └─ tail  (layers, norm, output)
+                ├─ tail  (layers, norm, output)
+                └─ encoders, if there are some (`modalities.py`)
 
 Head and tail are one module under one DistributedDataParallel. So a tied output weight can simply *be* the embedding's
 parameter: one gradient, one optimizer state, nothing to synchronise (Megatron's own way, two copies and an all-reduce
@@ -11,15 +12,22 @@ over an embedding group, needs the two ends in different processes of one world)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from megatron.core.transformer.module import Float16Module, MegatronModule
 
 from ldt_schedules.errors import ConfigError
-from ldt_schedules.megatron import session
 from ldt_schedules.megatron.layer_span import LayerSpan, config_with_span, span_of, spans
+from ldt_schedules.megatron.modalities import (
+    JoiningHead,
+    Modality,
+    ModalityRoot,
+    UnsplitModel,
+    check_modalities,
+    ignore_modalities,
+)
 from ldt_schedules.planning.layout import EDGE_RANK, Layout
 from ldt_schedules.topology import Place, Site
 
@@ -37,17 +45,25 @@ class EdgeChunks(MegatronModule):
         stage_modules: stage -> its module, as the executor asks for it.
     """
 
-    def __init__(self, config: Any, head: torch.nn.Module, tail: torch.nn.Module, tail_stage: int) -> None:
+    def __init__(
+        self,
+        config: Any,
+        head: torch.nn.Module,
+        tail: torch.nn.Module,
+        tail_stage: int,
+        encoders: Mapping[str, torch.nn.Module] | None = None,
+    ) -> None:
         super().__init__(config=config)
         self.head = head
         self.tail = tail
+        self.encoders = torch.nn.ModuleDict(encoders)
         self._tail_stage = tail_stage
         self.model_type = _unwrapped(head).model_type
         self.pg_collection = getattr(_unwrapped(head), "pg_collection", None)  # training loops of 0.16 ask for it
 
     @property
     def stage_modules(self) -> dict[int, torch.nn.Module]:
-        return {0: self.head, self._tail_stage: self.tail}
+        return {**dict(enumerate(self.encoders.values())), len(self.encoders): self.head, self._tail_stage: self.tail}
 
     @property
     def shares_parameters(self) -> bool:
@@ -88,11 +104,18 @@ class EdgeChunks(MegatronModule):
             chunk.load_state_dict(own, strict=strict)
 
     def _chunks(self) -> tuple[tuple[str, Any], ...]:
-        return (("head", self.head), ("tail", self.tail))
+        encoders = ((f"encoders.{name}", encoder) for name, encoder in self.encoders.items())
+        return (("head", self.head), ("tail", self.tail), *encoders)
 
 
 def build_chunks(
-    config: Any, layers: tuple[int, ...], place: Place, provider: ModelProvider, tied: bool, narrowed: bool = True
+    config: Any,
+    layers: tuple[int, ...],
+    place: Place,
+    provider: ModelProvider,
+    tied: bool,
+    narrowed: bool = True,
+    modalities: Sequence[Modality] = (),
 ) -> MegatronModule:
     """The module of this process, not yet wrapped in DistributedDataParallel.
 
@@ -102,6 +125,7 @@ def build_chunks(
         provider: makes a GPTModel (or the like) for a chunk.
         tied: the output layer uses the embedding's weight.
         narrowed: in 16 bits each chunk gets Megatron's Float16Module; without, the training loop puts one around.
+        modalities: encoders, which the edge holds; the table must be of `modalities.layout_with`.
 
     Raises:
         ConfigError: the split does not sum to the model's layers, or asks for what a split model cannot do.
@@ -110,22 +134,34 @@ def build_chunks(
         raise ConfigError(f"the layer split {list(layers)} sums to {sum(layers)}, the model has {config.num_layers}")
     if getattr(config, "mtp_num_layers", None):
         raise ConfigError("multi-token prediction needs the embedding in the tail; set mtp_num_layers to 0")
+    check_modalities(config, modalities)
     stage_spans = spans(layers)
+
+    def in_bits(chunk_config: Any, module: MegatronModule, first: bool, last: bool) -> MegatronModule:
+        return _narrowed(chunk_config, module, first, last) if narrowed and (config.fp16 or config.bf16) else module
 
     def stage_module(span: LayerSpan, *, first: bool, last: bool) -> MegatronModule:
         chunk_config = config_with_span(config, span)
         module = provider(chunk_config, pre_process=first, post_process=last)
-        return _narrowed(chunk_config, module, first, last) if narrowed and (config.fp16 or config.bf16) else module
+        if modalities and first:
+            module = JoiningHead(chunk_config, module, modalities)
+        return in_bits(chunk_config, module, first, last)
+
+    def encoders() -> dict[str, MegatronModule]:
+        return {one.name: in_bits(config, ModalityRoot(config, one), True, False) for one in modalities}
 
     if len(layers) == 1:
-        return stage_module(stage_spans[0], first=True, last=True)
+        whole = stage_module(stage_spans[0], first=True, last=True)
+        return UnsplitModel(config, whole, encoders()) if modalities else whole
     if place.site is Site.CLOUD:
         return stage_module(stage_spans[place.stage], first=False, last=False)
     head = stage_module(stage_spans[0], first=True, last=False)
     tail = stage_module(stage_spans[-1], first=False, last=True)
     if tied:
         _unwrapped(tail).output_layer.weight = _unwrapped(head).embedding.word_embeddings.weight
-    return EdgeChunks(config, head, tail, len(layers) - 1)
+    if modalities:
+        ignore_modalities(_unwrapped(tail))
+    return EdgeChunks(config, head, tail, len(layers) - 1 + len(modalities), encoders())
 
 
 def _narrowed(config: Any, module: MegatronModule, first: bool, last: bool) -> Float16Module:
@@ -149,28 +185,35 @@ def _count_as(wrapped: Float16Module, part: int) -> None:
 
 
 def _unwrapped(module: torch.nn.Module) -> Any:
-    return module.module if isinstance(module, Float16Module) else module
+    inner: Any = module.module if isinstance(module, Float16Module) else module
+    return inner.language_model if isinstance(inner, JoiningHead) else inner
 
 
 def _innermost(model: torch.nn.Module) -> Any:
-    """What the wrappers hold: EdgeChunks, or the one chunk."""
+    """What the wrappers hold: EdgeChunks, a multimodal model in one process, or the one chunk."""
     inner: Any = model
-    while not isinstance(inner, EdgeChunks) and hasattr(inner, "module"):
+    while not isinstance(inner, (EdgeChunks, UnsplitModel)) and hasattr(inner, "module"):
         inner = inner.module
     return inner
 
 
-def stage_modules(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
-    """Stage -> what to call for it, from the one (wrapped) module of a process in a plain U.
+def _of_one_module(model: torch.nn.Module, layout: Layout, rank: int) -> dict[int, torch.nn.Module]:
+    """Stage -> what to call for it, from the one (wrapped) module of a process.
 
-    The cloud's chunk is called through its wrappers, the edge's head and tail inside them:
-    DistributedDataParallel adds nothing to a forward pass but the call.
+    The cloud's chunk is called through its wrappers, the edge's stages inside them: DistributedDataParallel adds
+    nothing to a forward pass but the call.
+
+    Raises:
+        ConfigError: the table has other stages on this rank.
     """
-    inner = _innermost(model)
-    if isinstance(inner, EdgeChunks):
-        return inner.stage_modules
-    run = session.current()
-    return {run.place.stage if run is not None else 0: model}
+    inner, mine = _innermost(model), layout.stages_on(rank)
+    found = inner.stage_modules if isinstance(inner, EdgeChunks) else dict.fromkeys(mine[:1], model)
+    if set(found) != set(mine):
+        raise ConfigError(
+            f"the schedule has the stages {', '.join(layout.stages[s].name for s in mine)} on rank {rank}, the model has "
+            f"{len(found)}; plan for the layout that the model was built for"
+        )
+    return found
 
 
 def modules_on_rank(chunks: list[torch.nn.Module], layout: Layout, rank: int) -> dict[int, torch.nn.Module]:
@@ -184,13 +227,14 @@ def modules_on_rank(chunks: list[torch.nn.Module], layout: Layout, rank: int) ->
     Raises:
         ConfigError: a list that does not fit the layout; two chunks with a parameter in common.
     """
-    laps = len(layout.stages_on(EDGE_RANK)) - 1
+    heads = sum(layout.is_head(stage) for stage in layout.stages_on(EDGE_RANK))
+    laps = len(layout.stages_on(EDGE_RANK)) - 1 if heads == 1 else 1
     expected = 1 if laps == 1 else laps + 1
     if len(chunks) != expected:
         what = "a site of a U holds one wrapped module" if laps == 1 else f"a U of {laps} laps holds {expected} chunks"
         raise ConfigError(f"{what}, got a list of {len(chunks)} model chunks")
     if expected == 1:
-        return stage_modules(chunks[0])
+        return _of_one_module(chunks[0], layout, rank)
     seen: set[int] = set()
     for number, chunk in enumerate(chunks):
         own = {id(parameter) for parameter in chunk.parameters()}
@@ -216,12 +260,17 @@ def global_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Pa
     """
     seen: set[int] = set()
     inner = _innermost(model)
-    for chunk in (inner.head, inner.tail) if isinstance(inner, EdgeChunks) else (inner,):
-        span = span_of(chunk.config) or LayerSpan(0, 0)
+    language = [inner.head, inner.tail] if isinstance(inner, EdgeChunks) else [getattr(inner, "head", inner)]
+    encoders = inner.encoders.items() if isinstance(inner, (EdgeChunks, UnsplitModel)) else ()
+    for prefix, chunk in (
+        *(("", chunk) for chunk in language),
+        *((f"encoders.{name}.", one) for name, one in encoders),
+    ):
+        span = LayerSpan(0, 0) if prefix else span_of(chunk.config) or LayerSpan(0, 0)
         for name, parameter in _unwrapped(chunk).named_parameters():
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                yield _global_name(name, span.offset), parameter
+                yield prefix + _global_name(name, span.offset), parameter
 
 
 def _global_name(name: str, offset: int) -> str:

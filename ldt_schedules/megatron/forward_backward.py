@@ -124,7 +124,7 @@ def _execute(stages: MegatronStages, seq_length: int, micro_batch_size: int) -> 
         rank=run.place.pipeline_rank,
         compute=stages,
         transport=run.transport,
-        spec=lambda microbatch: _local_spec(header.spec(microbatch), run, config),
+        spec=lambda message: _local_spec(header.spec(message.microbatch), run, config),
     )
     run.last_step = executor.run()
     stages.batches.assert_empty()

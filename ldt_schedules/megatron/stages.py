@@ -51,7 +51,15 @@ class MegatronStages:
     first_val_step: bool | None = None
     recompute_window: dict[int, int] | None = None
 
-    def forward(self, stage: int, microbatch: int, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, Saved]:
+    def forward(
+        self, stage: int, microbatches: tuple[int, ...], inputs: list[list[torch.Tensor]]
+    ) -> list[tuple[torch.Tensor, Saved]]:
+        (microbatch,), (inputs_of_it,) = microbatches, inputs
+        # An alias: what several stages of one rank read must not collect their gradients in one place.
+        inputs_of_it = [tensor.detach().requires_grad_(not self.table.forward_only) for tensor in inputs_of_it]
+        return [self._forward(stage, microbatch, inputs_of_it)]
+
+    def _forward(self, stage: int, microbatch: int, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, Saved]:
         layout = self.table.layout
         local = self.run.local_microbatch(microbatch)
         with self._on_chunk(stage):
@@ -61,7 +69,7 @@ class MegatronStages:
                 self._batches(stage, microbatch),
                 self.modules[stage],
                 self.table.num_microbatches,
-                inputs[0] if inputs else None,
+                _for_megatron(inputs),
                 self.forward_data_store,
                 self.config,
                 cp_group_size=parallel_state.get_context_parallel_world_size(),
@@ -73,6 +81,8 @@ class MegatronStages:
                 current_microbatch=local,
                 is_last_stage=layout.is_tail(stage),
             )
+        if len(inputs) > 1:
+            (output,) = output  # a list in, a list out
         self.num_tokens += num_tokens.to(self.num_tokens.device)
         if layout.is_tail(stage):
             return output, (inputs, output)
@@ -83,16 +93,21 @@ class MegatronStages:
         return to_send, (inputs, output)
 
     def backward(
+        self, stage: int, microbatches: tuple[int, ...], saved: list[Saved], output_grads: list[list[torch.Tensor]]
+    ) -> list[list[torch.Tensor]]:
+        (microbatch,), (saved_of_it,), (grads_of_it,) = microbatches, saved, output_grads
+        return [self._backward(stage, microbatch, saved_of_it, grads_of_it)]
+
+    def _backward(
         self, stage: int, microbatch: int, saved: Saved, output_grads: list[torch.Tensor]
     ) -> list[torch.Tensor]:
         inputs, output = saved
         output_grad = torch.stack(output_grads).sum(0) if len(output_grads) > 1 else next(iter(output_grads), None)
         model_type = get_model_type(self.modules[stage])
         with self._on_chunk(stage), self.grad_sync.around_backward(stage, microbatch):
-            grad = schedules.backward_step(inputs[0] if inputs else None, output, output_grad, model_type, self.config)
-        if not inputs:
-            return []
-        return [torch.zeros_like(inputs[0]) if grad is None else grad]
+            given = schedules.backward_step(_for_megatron(inputs), output, output_grad, model_type, self.config)
+        grads = given if len(inputs) > 1 else [given] if inputs else []
+        return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, grads, strict=True)]
 
     @contextmanager
     def _on_chunk(self, stage: int) -> Iterator[None]:
@@ -122,3 +137,8 @@ class MegatronStages:
             return None
         limit = self.config.num_microbatches_with_partial_activation_checkpoints
         return bool(microbatch % self.recompute_window[stage] >= limit)
+
+
+def _for_megatron(inputs: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor] | None:
+    """A stage's inputs as Megatron's steps take them: a list only where there are several."""
+    return inputs if len(inputs) > 1 else inputs[0] if inputs else None

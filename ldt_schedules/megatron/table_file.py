@@ -30,7 +30,7 @@ def read_table_file(path: str, layout: Layout, option: str, size_option: str) ->
         raise ConfigError(f"{option} {path} cannot be read: {error}") from None
     except ScheduleError as error:
         raise ConfigError(f"{option} {path}: {error}") from None
-    if table.layout != layout:
+    if not table.layout.same_work(layout):
         raise ConfigError(
             f"{option} {path} is for {table.layout.num_ranks} pipeline ranks and "
             f"{len(table.layout.stages)} stages, this run has {layout.num_ranks} and {len(layout.stages)}; "

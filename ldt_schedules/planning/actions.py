@@ -40,10 +40,14 @@ class Kind(str, Enum):
     is_forward: bool
     """Does it belong to the forward pass, so that an evaluation has it too?"""
 
+    peer_is_upstream: bool
+    """Is the stage at the peer's end one that the action's stage reads from, and not one that it feeds?"""
+
     def __init__(self, text: str) -> None:
         self.is_send, self.is_recv = text.startswith("SEND"), text.startswith("RECV")
         self.is_compute = not (self.is_send or self.is_recv)
         self.is_forward = text in ("F", "SEND_F", "RECV_F")
+        self.peer_is_upstream = text in ("RECV_F", "SEND_B")
 
     def __str__(self) -> str:
         return str(self.value)

@@ -167,7 +167,7 @@ class Dataflow:
                 say which is meant.
         """
         assert action.peer is not None, action
-        upstream = action.kind in (Kind.RECV_F, Kind.SEND_B)
+        upstream = action.kind.peer_is_upstream
         neighbours = self.layout.inputs(action.stage) if upstream else self.layout.consumers(action.stage)
         found = self.layout.neighbours_on(neighbours, action.peer, microbatch)
         if action.other is not None:

@@ -9,6 +9,7 @@ two ends stand on the same rank, the edge:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,12 +27,24 @@ class Stage:
 
     `ranks` holds one pipeline rank, or one for each domain (a domain is one data-parallel pipeline of the
     cloud). `inputs` are the stages that feed this one.
+
+    `label` is what the author of a grid calls the stage, None where that is the index; several roots may share one.
     """
 
     index: int
     name: str
     ranks: tuple[int, ...]
     inputs: tuple[int, ...]
+    label: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.label == self.index:  # one stage is written in one way, so that equal layouts have equal files
+            object.__setattr__(self, "label", None)
+
+    @property
+    def number(self) -> int:
+        """The stage number in the cells of a grid."""
+        return self.index if self.label is None else self.label
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,7 @@ class Layout:
 
     Raises:
         ScheduleError: a stage with a wrong index, an input that does not exist, a cycle, no rank, a rank that does not
-            exist, a gap in the rank numbers.
+            exist, a gap in the rank numbers, one number for two stages of a rank (`Stage.number`).
     """
 
     stages: tuple[Stage, ...]
@@ -62,6 +75,7 @@ class Layout:
                 if not 0 <= source < len(self.stages):
                     raise ScheduleError(f"stage {position} takes its input from stage {source}, which does not exist")
         self._check_ranks()
+        self._check_labels()
         if len({len(stage.ranks) for stage in self.stages} - {1}) > 1:
             raise ScheduleError("stages with one rank for each domain must all name the same number of ranks")
         for m, domain in enumerate(self.domain_of):
@@ -83,6 +97,19 @@ class Layout:
                     raise ScheduleError(
                         f"stage {stage.index} stands on rank {rank}, which does not exist; ranks are "
                         f"0..{self.num_ranks - 1}"
+                    )
+
+    def _check_labels(self) -> None:
+        known: dict[tuple[int, int], int] = {}
+        for stage in self.stages:
+            if stage.number < 0:
+                raise ScheduleError(f"stage {stage.index} has the label {stage.label}; labels are 0, 1, 2, …")
+            for rank in stage.ranks:
+                before = known.setdefault((stage.number, rank), stage.index)
+                if before != stage.index:
+                    raise ScheduleError(
+                        f"stages {before} and {stage.index} of rank {rank} are both called {stage.number}; give them "
+                        "labels that differ, or none"
                     )
 
     def check_microbatches(self, num_microbatches: int) -> None:
@@ -129,6 +156,48 @@ class Layout:
             return tuple(place + d * (num_ranks - 1) for d in range(domains)) if place else (EDGE_RANK,)
 
         return cls(tuple(Stage(s, name, ranks(s), (s - 1,) if s else ()) for s, name in enumerate(names)))
+
+    @classmethod
+    def roots(cls, roots: Mapping[str, int], chain: Mapping[str, int]) -> Layout:
+        """Stages that read data of different kinds, and the chain whose first stage joins what they make.
+
+        roots({"audio": 0, "vision": 1, "text": 2}, {"join": 3, "middle": 4, "last": 5})
+
+            audio  (rank 0) ──┐
+            vision (rank 1) ──┼──► join (rank 3) ──► middle (rank 4) ──► last (rank 5)
+            text   (rank 2) ──┘
+
+        Ranks may hold several stages: roots({"audio": 0, "vision": 0}, {"head": 0, "cloud": 1, "tail": 0}) puts two
+        encoders beside the head of a U. As labels all roots get 0 and the chain 1, 2, …, as people number them; there
+        are no labels where two stages of a rank would share one.
+
+        Args:
+            roots, chain: the pipeline rank of each stage, by the stage's name.
+
+        Raises:
+            ScheduleError: no root, an empty chain, a name in both, or ranks that `Layout` refuses.
+        """
+        if not roots:
+            raise ScheduleError(
+                'there is no root; name each stage that reads data and its rank, for example {"text": 0}'
+            )
+        if not chain:
+            raise ScheduleError('the chain is empty; name the stage that joins the roots and its rank: {"join": 1}')
+        both = [name for name in roots if name in chain]
+        if both:
+            raise ScheduleError(f"{both[0]!r} is a root and a stage of the chain; give the two names that differ")
+        places = [(0, rank) for rank in roots.values()] + list(enumerate(chain.values(), 1))
+        labelled = len(set(places)) == len(places)
+        stages = []
+        for index, (name, (number, rank)) in enumerate(zip([*roots, *chain], places, strict=True)):
+            inputs = () if number == 0 else tuple(range(len(roots))) if number == 1 else (index - 1,)
+            stages.append(Stage(index, name, (rank,), inputs, number if labelled else None))
+        return cls(tuple(stages))
+
+    def same_work(self, other: Layout) -> bool:
+        """Do both have the same stages on the same ranks, connected alike? What they are called does not matter."""
+        mine, theirs = ([(s.ranks, set(s.inputs)) for s in layout.stages] for layout in (self, other))
+        return mine == theirs and self.num_ranks == other.num_ranks
 
     def rings(self, laps: int) -> list[tuple[int, ...]] | None:
         """For each domain the ranks that a U of so many laps goes round, the edge first; None: this is no such U."""

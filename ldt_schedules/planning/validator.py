@@ -39,9 +39,9 @@ _SHOWN_AT_ONCE = 20
 _GAPS_NAMED = 5
 
 
-def check(table: ScheduleTable, problem: Problem | None = None) -> None:
-    """Raises ScheduleError, with every violation, when the table is not valid."""
-    violations = validate(table, problem=problem)
+def check(table: ScheduleTable, problem: Problem | None = None, blocking: bool = False) -> None:
+    """Raises ScheduleError, with every violation, when the table is not valid. Arguments as of `validate`."""
+    violations = validate(table, blocking, problem)
     if violations:
         shown = "\n".join(violation.render() for violation in violations[:_SHOWN_AT_ONCE])
         more = len(violations) - _SHOWN_AT_ONCE
@@ -68,8 +68,7 @@ def validate(table: ScheduleTable, blocking: bool = False, problem: Problem | No
 
 def _require_same_work(table: ScheduleTable, problem: Problem) -> None:
     mine, theirs = table.layout, problem.layout
-    same = [(s.ranks, set(s.inputs)) for s in mine.stages] == [(s.ranks, set(s.inputs)) for s in theirs.stages]
-    if not same or mine.num_ranks != theirs.num_ranks:
+    if not mine.same_work(theirs):
         raise ScheduleError(
             f"the table has {len(mine.stages)} stages on {mine.num_ranks} ranks, the problem {len(theirs.stages)} on "
             f"{theirs.num_ranks}, or they are connected differently"
@@ -255,16 +254,20 @@ class _Validation:
 
     def _nobody_waits_for_ever(self, blocking: bool) -> None:
         stuck = waiting_forever(self.table, Semantics.RENDEZVOUS, self.numbers, self.families)
-        how = ""
-        if stuck:
-            in_mailboxes = waiting_forever(self.table, Semantics.BUFFERED, self.numbers, self.families)
-            how = " (even if messages are buffered)" if in_mailboxes else " (when a message needs both sides)"
+        how = runs = ""
+        if stuck and waiting_forever(self.table, Semantics.BUFFERED, self.numbers, self.families):
+            how = " (even if messages are buffered)"
+            runs = "; it runs under none of buffered, rendezvous and blocking messages"
+        elif stuck:
+            how = " (when a message needs both sides)"
+            runs = "; it runs if messages are buffered, not under rendezvous or blocking"
         elif blocking:
             stuck = waiting_forever(self.table, Semantics.BLOCKING, self.numbers, self.families)
             how = " (when every SEND and RECV holds up its rank)"
+            runs = "; it runs under rendezvous and buffered, where a RECV is posted early and waited for at its use"
         round_trip = self._describe(circle(stuck))
         for one in stuck:
-            self._report("deadlock", one.rank, one.index, one.why + how + round_trip)
+            self._report("deadlock", one.rank, one.index, one.why + how + round_trip + runs)
 
     def _describe(self, ranks: list[Stuck]) -> str:
         if not ranks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ldt_schedules.planning.formats import grid
 from ldt_schedules.planning.table import ScheduleTable
 
 _CONTEXT_ROWS = 3
@@ -34,9 +35,14 @@ class Violation:
 
 
 def violation_at(table: ScheduleTable, check: str, rank: int, index: int, message: str) -> Violation:
-    """With the rows of the table around it."""
+    """With the rows of the table around it, and their cells if those have numbers of their author's."""
     row = table.ranks[rank]
     around = range(max(0, index - _CONTEXT_ROWS), min(len(row), index + _CONTEXT_ROWS + 1)) if index >= 0 else ()
-    context = tuple(f"{'>' if i == index else ' '} {i:4d}  {row[i]}" for i in around)
+    context = tuple(f"{'>' if i == index else ' '} {i:4d}  {row[i]}{_cell(table, rank, i)}" for i in around)
     text = str(row[index]) if 0 <= index < len(row) else ""
     return Violation(check, rank, index, text, message, context)
+
+
+def _cell(table: ScheduleTable, rank: int, index: int) -> str:
+    labelled = any(stage.label is not None for stage in table.layout.stages)
+    return f"  = {grid.cell(table, rank, index)}" if labelled else ""

@@ -34,8 +34,16 @@ class Panel:
         return f"{self.title}: {', '.join(figures)}"
 
 
-def rank_name(rank: int) -> str:
-    """`edge`, `cloud 1`, `cloud 2`, …"""
+def has_edge(layout: Layout) -> bool:
+    """Does rank 0 hold both ends, data and loss, as the edge of a U does?"""
+    stages = layout.stages_on(EDGE_RANK)
+    return any(map(layout.is_head, stages)) and any(map(layout.is_tail, stages))
+
+
+def rank_name(rank: int, layout: Layout) -> str:
+    """`edge`, `cloud 1`, `cloud 2`, …; in a layout without an edge `rank 0`, `rank 1`, …"""
+    if not has_edge(layout):
+        return f"rank {rank}"
     return "edge" if rank == EDGE_RANK else f"cloud {rank}"
 
 

@@ -4,6 +4,8 @@
               edge → cloud 1        ▪SEND_F m0─╮                  and one for each direction of a link: on the wire
     cloud     cloud 1                          ╰►▇F s1 m0▇        arrows: made by, sent, used by
 
+A layout without an edge (`has_edge`) is one process, its tracks are rank 0, rank 1, …
+
 A slice on a link ends when its message has left; what is missing until the arrow's end is latency. Messages wait for
 each other's wire, so one track holds them all; only a measured link may have two on the wire at once, and then has a
 second track, because slices of a track must not overlap.
@@ -19,9 +21,10 @@ from ldt_schedules.planning.dependencies import Dataflow
 from ldt_schedules.planning.formats.trace_json import SECONDS, Trace
 from ldt_schedules.planning.layout import EDGE_RANK
 from ldt_schedules.planning.timeline import Span, Transfer
-from ldt_schedules.rendering.panel import KIND_NAMES, Panel, place_of, rank_name
+from ldt_schedules.rendering.panel import KIND_NAMES, Panel, has_edge, place_of, rank_name
 
 _SITES = ("edge", "cloud")
+_ONE_SITE = ("pipeline",)
 _SHORTEST_US = 1.0  # a message of no size would be a slice that nobody can see and no arrow can start from
 
 _Event = dict[str, Any]
@@ -48,17 +51,21 @@ class _Events:
         self.trace, self.first_pid, self.prefix = trace, first_pid, prefix
         self.scale = microseconds(trace.unit)
         self.flow = Dataflow(trace.layout)
+        self.sites = _SITES if has_edge(trace.layout) else _ONE_SITE
         self.tids: dict[tuple[int, str], int] = {}
         for rank in range(trace.layout.num_ranks):
-            self._track(rank, rank_name(rank))
+            self._track(rank, self._name(rank))
 
     def all(self) -> list[_Event]:
         events = [self._compute(span) for span in self.trace.timeline.spans]
         events += self._messages()
         return [*self._names(), *events]
 
+    def _name(self, rank: int) -> str:
+        return rank_name(rank, self.trace.layout)
+
     def _pid(self, rank: int) -> int:
-        return self.first_pid + (rank != EDGE_RANK)
+        return self.first_pid + (rank != EDGE_RANK and self.sites == _SITES)
 
     def _track(self, rank: int, name: str) -> dict[str, int]:
         pid = self._pid(rank)
@@ -69,7 +76,7 @@ class _Events:
             return {"ph": "M", "name": what, "pid": pid, "tid": tid, "args": args}
 
         for pid in sorted({pid for pid, _ in self.tids}):
-            yield name("process_name", pid, 0, name=self.prefix + _SITES[pid - self.first_pid])
+            yield name("process_name", pid, 0, name=self.prefix + self.sites[pid - self.first_pid])
             yield name("process_sort_index", pid, 0, sort_index=pid)
         for (pid, track), tid in self.tids.items():
             yield name("thread_name", pid, tid, name=track)
@@ -81,7 +88,7 @@ class _Events:
             "ph": "X",
             "name": str(action),
             "cat": KIND_NAMES[action.kind],
-            **self._track(span.rank, rank_name(span.rank)),
+            **self._track(span.rank, self._name(span.rank)),
             "ts": span.start * self.scale,
             "dur": (span.end - span.start) * self.scale,
             "args": {
@@ -111,7 +118,7 @@ class _Events:
             yield from self._arrows(f"{self.first_pid}.{number}", maker.get(value), slice_, used_by)
 
     def _message(self, transfer: Transfer, lane: int, sent: float) -> _Event:
-        track = f"{rank_name(transfer.sender)} → {rank_name(transfer.receiver)}" + (f" ({lane + 1})" if lane else "")
+        track = f"{self._name(transfer.sender)} → {self._name(transfer.receiver)}" + (f" ({lane + 1})" if lane else "")
         return {
             "ph": "X",
             "name": str(transfer.send),
@@ -137,7 +144,7 @@ class _Events:
 
     def _begin(self, span: Span) -> dict[str, Any]:
         """Arrows tie slices, and leave the end of one whatever time is given; its beginning is surely inside it."""
-        return {**self._track(span.rank, rank_name(span.rank)), "ts": span.start * self.scale}
+        return {**self._track(span.rank, self._name(span.rank)), "ts": span.start * self.scale}
 
     def _arrow(self, name: str, source: dict[str, Any], target: dict[str, Any]) -> Iterator[_Event]:
         yield {"ph": "s", "name": "message", "cat": "message", "id": name, **source}

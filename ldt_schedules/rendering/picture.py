@@ -125,7 +125,7 @@ def _draw_panel(ax: Axes, panel: Panel, limit: float, points: float, every: int,
     _add_spans(ax, panel, factor, points / (limit * factor), number)
     if panel.bound is not None:
         ax.axvline(panel.bound * factor, color="black", linestyle=(0, (5, 3)), linewidth=1.2, zorder=6, clip_on=False)
-    ax.set_yticks(list(ranks), [rank_name(rank) for rank in ranks], fontsize=9)
+    ax.set_yticks(list(ranks), [rank_name(rank, layout) for rank in ranks], fontsize=9)
     for rank in ranks:
         share = f"idle {timeline.bubble_of(rank):.0%}" if layout.stages_on(rank) else "no stage"
         ax.text(1.004, rank, share, transform=ax.get_yaxis_transform(), fontsize=7, color="#555555", va="center")

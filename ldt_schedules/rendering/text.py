@@ -11,12 +11,13 @@ from __future__ import annotations
 from ldt_schedules.planning.actions import Action, Kind, format_microbatches
 from ldt_schedules.planning.layout import Layout
 from ldt_schedules.planning.timeline import Span, Timeline
-from ldt_schedules.rendering.panel import TAIL, place_of, rank_name
+from ldt_schedules.rendering.panel import TAIL, has_edge, place_of, rank_name
 
 _IDLE = "·"
 _LETTERS = {Kind.F: "F", Kind.B: "B", Kind.I: "I", Kind.W: "W"}
 _TAIL_LETTERS = {Kind.F: "T", Kind.B: "t", Kind.I: "i", Kind.W: "w"}
 _LEGEND = "F forward, B backward; on the edge F, B are the head's (FS, BE), T, t the tail's (FE, BS); · idle"
+_LEGEND_NO_EDGE = "F forward, B backward; T, t those of the last stage; · idle"
 _LEGEND_SPLIT = "I, W the backward in two, gradient of the input and gradient of the weights; i, w the tail's"
 
 
@@ -26,7 +27,7 @@ def timeline_lines(layout: Layout, timeline: Timeline, width: int = 100) -> list
     Args:
         timeline: of any unit of time; the shortest computation decides the scale.
     """
-    names = [rank_name(rank) for rank in range(timeline.num_ranks)]
+    names = [rank_name(rank, layout) for rank in range(timeline.num_ranks)]
     margin = max(map(len, names)) + 2
     scale = _characters_per_time(layout, timeline)
     rows = [_row(layout, spans, scale) for spans in timeline.rows]
@@ -41,7 +42,11 @@ def timeline_lines(layout: Layout, timeline: Timeline, width: int = 100) -> list
             for name, row in zip(names, rows, strict=True)
         ]
     idle = ", ".join(f"{name} {timeline.bubble_of(rank):.0%}" for rank, name in enumerate(names))
-    lines += ["", f"makespan {timeline.makespan:g}, bubble {timeline.bubble:.1%} ({idle})", _LEGEND]
+    lines += [
+        "",
+        f"makespan {timeline.makespan:g}, bubble {timeline.bubble:.1%} ({idle})",
+        _LEGEND if has_edge(layout) else _LEGEND_NO_EDGE,
+    ]
     if any(span.action.kind in (Kind.I, Kind.W) for span in timeline.spans):
         lines.append(_LEGEND_SPLIT)
     return lines

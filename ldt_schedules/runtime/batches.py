@@ -1,8 +1,8 @@
-"""Batches are read once on the edge, by the head, and seen again by the edge's later chunks.
+"""Batches are read once on the edge, by the first of its chunks to run, and seen again by the others.
 
-The user's forward step draws from a data iterator as it always does. The head's draws for a microbatch are recorded;
-when a middle chunk of the edge (a model that goes round twice has one) or the tail runs the same microbatch it is given
-the same objects, in the same order.
+The user's forward step draws from a data iterator as it always does. The first draws for a microbatch, of a head or of one
+of several roots, are recorded; when another root, a middle chunk of the edge (a model that goes round twice has one) or the
+tail runs the same microbatch it is given the same objects, in the same order.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ldt_schedules.errors import LdtError
 
 
 class SharedBatches:
-    """Deals each microbatch's draws to the head first, to the edge's middle chunks, and to the tail at last.
+    """Deals each microbatch's draws to the head or roots first, to the edge's middle chunks, and to the tail at last.
 
     `source` may be None (a rank that is fed by broadcast inside its tensor-parallel group draws nothing).
     """
@@ -24,9 +24,14 @@ class SharedBatches:
         self._drawn: dict[int, list[Any]] = {}
 
     def for_head(self, microbatch: int, *, keep: bool) -> Iterator[Any] | None:
-        """An iterator that reads the source; with `keep` what it reads is kept for the tail."""
+        """An iterator that reads the source; with `keep` what it reads is kept for the tail.
+
+        Of several roots the first to come reads, the others see what it has read.
+        """
         if self._source is None:
             return None
+        if microbatch in self._drawn:
+            return _replay(self._drawn[microbatch], microbatch)
         return _Recording(self._source, self._drawn.setdefault(microbatch, []) if keep else None)
 
     def for_middle(self, microbatch: int) -> Iterator[Any] | None:

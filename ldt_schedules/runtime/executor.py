@@ -12,9 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
-
-from ldt_schedules.comm.transport import RecvHandle, SendHandle, TensorSpec, Transport
+from ldt_schedules.comm.transport import RecvHandle, SendHandle, Transport
 from ldt_schedules.errors import LdtError
 from ldt_schedules.planning.actions import Action, Kind
 from ldt_schedules.planning.channels import lane_of
@@ -24,27 +22,53 @@ from ldt_schedules.planning.table import ScheduleTable
 from ldt_schedules.runtime.buffers import Buffers
 from ldt_schedules.runtime.recorder import StepRecorder
 
+Content = Any
+"""What one stage hands to another for one microbatch: `MegatronStages` knows one tensor `[s, b, h]`, `ModuleStages` a
+tensor, several, or None. The executor moves it and never looks inside."""
+
 
 class StageCompute(Protocol):
-    """What the executor runs on a stage. Tensors are `[s, b, h]`."""
+    """What the executor runs on a stage. Microbatches that an action packs are computed in one pass.
 
-    def forward(self, stage: int, microbatch: int, inputs: list[torch.Tensor]) -> tuple[torch.Tensor | None, Any]:
-        """Run the stage; one input for each stage that feeds it, none for a head.
+    What is handed out must be detached: the graph that made it belongs to this stage alone.
+    """
 
-        Returns:
-            the output for the stages that read it (None for a tail) and what `backward` will need.
-        """
-
-    def backward(self, stage: int, microbatch: int, saved: Any, output_grads: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Run the stage's backward; one output gradient for each stage that reads its output, none for a tail.
+    def forward(
+        self, stage: int, microbatches: tuple[int, ...], inputs: list[list[Content]]
+    ) -> list[tuple[Content, Any]]:
+        """Run the stage; for each microbatch one input for each stage that feeds it, none for a head.
 
         Returns:
-            one gradient for each input.
+            for each microbatch the output for the stages that read it and what `backward` will need.
+        """
+
+    def backward(
+        self, stage: int, microbatches: tuple[int, ...], saved: list[Any], output_grads: list[list[Content]]
+    ) -> list[list[Content]]:
+        """Run the stage's backward; for each microbatch one output gradient for each stage that reads it, none for a tail.
+
+        Returns:
+            for each microbatch one gradient for each of its inputs.
         """
 
 
-def check_executable(table: ScheduleTable) -> None:
+class ActionError(LdtError):
+    """An action failed.
+
+    Attributes:
+        rank, index: its place in the table.
+    """
+
+    def __init__(self, rank: int, index: int, action: Action, cause: BaseException) -> None:
+        super().__init__(f"pipeline rank {rank}, action {index} ({action}): {cause}")
+        self.rank, self.index = rank, index
+
+
+def check_executable(table: ScheduleTable, packing: bool = False) -> None:
     """Refuse, before anything runs, what this executor cannot run.
+
+    Args:
+        packing: can the stages compute several microbatches in one pass?
 
     Raises:
         ScheduleError: naming the first such action.
@@ -55,7 +79,7 @@ def check_executable(table: ScheduleTable) -> None:
                 raise ScheduleError(
                     f"rank {rank}: {action}: this runtime runs whole backwards; write B instead of I and W"
                 )
-            if len(action.microbatches) > 1:
+            if len(action.microbatches) > 1 and not packing:
                 raise ScheduleError(
                     f"rank {rank}: {action}: this runtime runs one microbatch at a time; write one action for each"
                 )
@@ -69,7 +93,9 @@ class Executor:
         table: the schedule; this rank runs `table.ranks[rank]`.
         compute: the stages of this rank.
         transport: to the other pipeline ranks.
-        spec: microbatch -> shape and dtype of its activation on the wire.
+        spec: what the transport is told about a message that is to come: of an activation or gradient `[s, b, h]`, shape and
+            dtype.
+        blocking: wait for each message before going on, instead of posting it and waiting at first use.
         recorder: takes the times.
     """
 
@@ -77,7 +103,8 @@ class Executor:
     rank: int
     compute: StageCompute
     transport: Transport
-    spec: Callable[[int], TensorSpec]
+    spec: Callable[[Value], Any]
+    blocking: bool = False
     recorder: StepRecorder = field(default_factory=StepRecorder)
 
     def __post_init__(self) -> None:
@@ -97,7 +124,7 @@ class Executor:
         """Run the row to its end.
 
         Raises:
-            LdtError: an action failed; says which one, the cause is chained.
+            ActionError: an action failed; says which one, the cause is chained.
             AssertionError: something is left over, which the validator should have caught.
         """
         with self.recorder.step():
@@ -105,7 +132,7 @@ class Executor:
                 try:
                     self._handlers[action.kind](action)
                 except Exception as error:
-                    raise LdtError(f"pipeline rank {self.rank}, action {index} ({action}): {error}") from error
+                    raise ActionError(self.rank, index, action, error) from error
                 self._sending = [handle for handle in self._sending if not handle.is_complete()]
             with self.recorder.waiting():
                 for handle in self._sending:
@@ -115,50 +142,53 @@ class Executor:
         return self.recorder
 
     def _forward(self, action: Action) -> None:
-        (microbatch,) = action.microbatches
-        inputs = [self._tensor(value) for value in self._flow.takes(action)]
-        for tensor in inputs:
-            tensor.requires_grad_(not self.table.forward_only)
+        inputs = [[self._content(value) for value in self._flow.takes(one)] for one in _unpacked(action)]
         with self.recorder.computing(action):
-            output, saved = self.compute.forward(action.stage, microbatch, inputs)
-        for value in self._flow.makes(action):
-            # A detached alias goes to the other stage: the original belongs to the autograd graph of this one.
-            self._buffers.put(value, saved if value.what is What.SAVED else output.detach())  # type: ignore[union-attr]
+            results = self.compute.forward(action.stage, action.microbatches, inputs)
+        for one, (output, saved) in zip(_unpacked(action), results, strict=True):
+            for value in self._flow.makes(one):
+                self._buffers.put(value, saved if value.what is What.SAVED else output)
 
     def _backward(self, action: Action) -> None:
-        (microbatch,) = action.microbatches
-        saved_value, *grad_values = self._flow.takes(action)
-        saved = self._buffers.take(saved_value)
-        output_grads = [self._tensor(value) for value in grad_values]
+        saved: list[Any] = []
+        output_grads: list[list[Content]] = []
+        for one in _unpacked(action):
+            saved_value, *grads = self._flow.takes(one)
+            saved.append(self._buffers.take(saved_value))
+            output_grads.append([self._content(value) for value in grads])
         with self.recorder.computing(action):
-            input_grads = self.compute.backward(action.stage, microbatch, saved, output_grads)
-        made = [value for value in self._flow.makes(action) if value.what is not What.WEIGHT_GRAD]
-        for value, grad in zip(made, input_grads, strict=True):
-            self._buffers.put(value, grad)
+            input_grads = self.compute.backward(action.stage, action.microbatches, saved, output_grads)
+        for one, gradients in zip(_unpacked(action), input_grads, strict=True):
+            made = [value for value in self._flow.makes(one) if value.what is not What.WEIGHT_GRAD]
+            for value, gradient in zip(made, gradients, strict=True):
+                self._buffers.put(value, gradient)
 
     def _send(self, action: Action) -> None:
-        (value,), (message,) = self._flow.takes(action), self._flow.makes(action)
+        """One message for each microbatch, so that a peer may receive them packed or one by one."""
         assert action.peer is not None
-        handle = self.transport.post_send(
-            self._tensor(value), peer=action.peer, lane=lane_of(self.rank, action), tag=self._tag(message)
-        )
-        self._sending.append(handle)
+        for value, message in zip(self._flow.takes(action), self._flow.makes(action), strict=True):
+            handle = self.transport.post_send(
+                self._content(value), peer=action.peer, lane=lane_of(self.rank, action), tag=self._tag(message)
+            )
+            self._sending.append(handle)
+            if self.blocking:
+                with self.recorder.waiting():
+                    handle.wait()
 
     def _recv(self, action: Action) -> None:
-        (message,), (value,) = self._flow.takes(action), self._flow.makes(action)
         assert action.peer is not None
-        handle = self.transport.post_recv(
-            self.spec(message.microbatch),
-            peer=action.peer,
-            lane=lane_of(self.rank, action),
-            tag=self._tag(message),
-        )
-        self._buffers.put(value, _Posted(handle))
+        for message, value in zip(self._flow.takes(action), self._flow.makes(action), strict=True):
+            handle = self.transport.post_recv(
+                self.spec(message), peer=action.peer, lane=lane_of(self.rank, action), tag=self._tag(message)
+            )
+            self._buffers.put(value, _Posted(handle))
+            if self.blocking:
+                self._buffers.put(value, self._content(value))
 
-    def _tensor(self, value: Value) -> torch.Tensor:
+    def _content(self, value: Value) -> Content:
         content = self._buffers.take(value)
         if not isinstance(content, _Posted):
-            return content  # type: ignore[no-any-return]
+            return content
         with self.recorder.waiting():
             return content.handle.wait()
 
@@ -167,6 +197,13 @@ class Executor:
         direction = 0 if message.what is What.ACTIVATION else 1
         num_stages = len(self.table.layout.stages)
         return ((message.microbatch * num_stages + message.stage) * num_stages + message.other) * 2 + direction
+
+
+def _unpacked(action: Action) -> list[Action]:
+    """The action for each of its microbatches."""
+    if len(action.microbatches) == 1:
+        return [action]
+    return [Action(action.kind, action.stage, (m,), action.peer, action.other) for m in action.microbatches]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from ldt_schedules.errors import ConfigError
 from ldt_schedules.megatron.chunks import build_chunks
 from ldt_schedules.megatron.initialization import initialize_by_name
 from ldt_schedules.megatron.layer_span import span_of
+from ldt_schedules.megatron.modalities import Modality
 from ldt_schedules.topology import Place, Site, Topology
 from ldt_schedules.training.config import TrainConfig
 from ldt_schedules.training.layer_spec import block_spec
@@ -122,19 +124,22 @@ def build(
     place: Place,
     vocab_size: int,
     ddp_config: DistributedDataParallelConfig | None = None,
+    modalities: Sequence[Modality] = (),
 ) -> Trained:
     """Model, optimizer and learning-rate schedule of this process.
 
     Args:
         vocab_size: rows of the embedding, already a multiple of the edge's tensor-parallel size.
         ddp_config: how gradients are reduced inside the site; default Megatron's, without overlap.
+        modalities: encoders beside the text, as stages of the edge.
 
     Raises:
         ConfigError: `model.megatron` names a field that TransformerConfig does not have.
     """
     whole = transformer_config(config, topology, place.site)
     provider = partial(_gpt, train=config, vocab_size=vocab_size)
-    module = build_chunks(whole, config.layer_split, place, provider, tied=config.model.tie_embeddings)
+    tied = config.model.tie_embeddings
+    module = build_chunks(whole, config.layer_split, place, provider, tied, modalities=modalities)
     initialize_by_name(module, whole, config.train.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "Apex is not installed" and the like: said once by Megatron's import

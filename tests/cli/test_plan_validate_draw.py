@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests.helpers.cli import ldt
+
+OMNI = Path(__file__).parent.parent / "planning" / "omni_table.txt"
 
 
 def test_validate(tmp_path):
@@ -23,6 +26,26 @@ def test_validate(tmp_path):
     assert ">" in bad.stderr and "Traceback" not in bad.stderr
     as_json = json.loads(ldt("validate", file, "--json").stdout)
     assert not as_json["valid"] and {"left over", "unmatched"} <= {v["check"] for v in as_json["violations"]}
+
+
+def test_a_table_with_several_roots(tmp_path):
+    """Three encoders on ranks of their own: there is no edge, so ranks are called by their numbers."""
+    for arguments in ((), ("--blocking",)):
+        done = ldt("validate", OMNI, *arguments)
+        assert done.returncode == 0 and "valid; 6 pipeline ranks, 4 microbatches, 128 actions" in done.stdout
+    done = ldt("draw", OMNI, "--width", 120)
+    assert "makespan 21, bubble 42.9% (rank 0 43%" in done.stdout and "\nrank 5  ·········T0 T1" in done.stdout
+    assert "edge" not in done.stdout and "cloud" not in done.stdout
+    for name, rank in (("omni.svg", ">rank 0<"), ("omni.json", '"rank 3 \\u2192 rank 4"')):
+        assert ldt("draw", OMNI, "--out", tmp_path / name).returncode == 0
+        text = (tmp_path / name).read_text()
+        assert rank in text and "edge" not in text.replace("edgecolor", "")
+    file = tmp_path / "bad.txt"
+    file.write_text(OMNI.read_text().replace("0,0,SEND_F,(2,),3", "0,0,SEND_F,(2,),4"))
+    for verb in ("validate", "draw"):
+        bad = ldt(verb, file)
+        assert bad.returncode == 2 and bad.stdout == "" and len(bad.stderr.splitlines()) == 1
+        assert "line 7: the cell '0,0,SEND_F,(2,),4': stage 0 of rank 0 feeds stage 1 of rank 3" in bad.stderr
 
 
 def test_draw_fits_its_width_and_draws_every_action():

@@ -142,20 +142,24 @@ def observe(case: Case, global_rank: int, ports: dict[str, int], call: dict[str,
     from megatron.core.timers import Timers
 
     from ldt_schedules.megatron import session, world
-    from ldt_schedules.megatron.chunks import stage_modules
+    from ldt_schedules.megatron.chunks import modules_on_rank
+    from ldt_schedules.planning.layout import Layout
     from ldt_schedules.topology import Site
     from ldt_schedules.training.forward_step import forward_step
     from ldt_schedules.training.model import build
 
-    place, _ = open_rank(case, global_rank, ports)
+    place, run = open_rank(case, global_rank, ports)
     trained = build(case.config(), case.topology, place, 64)
+    modules = {0: trained.model}
+    if run is not None:
+        modules = modules_on_rank([trained.model], Layout.u(case.num_ranks, case.topology.domains), place.pipeline_rank)
     for name, value in case.everywhere:
         setattr(trained.config, name, value)
     trained.config.timers = Timers(log_level=2, log_option="minmax")
     trained.config.barrier_with_L1_time = False
     checkpointed: list[tuple[Any, ...]] = []
     marked: list[str] = []
-    for stage, module in stage_modules(trained.model).items():
+    for stage, module in modules.items():
         module.set_is_first_microbatch = lambda stage=stage: marked.append(stage)
 
     def step(iterator: Any, model: Any, *rest: Any) -> Any:

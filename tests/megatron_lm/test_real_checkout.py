@@ -140,6 +140,8 @@ def test_sites_of_other_sizes_print_the_same(runs: Runs, ranks: int, processes: 
 
 def test_distributed_optimizer_with_overlap(runs: Runs) -> None:
     """Its state cannot be loaded without Apex or Transformer Engine (stock), so both start with a new one."""
+    if runs.is_old:
+        pytest.skip("core_v0.12.1's distributed optimizer cannot step without Transformer Engine (quantize_param_shard)")
     fresh = (*BY_ITERATIONS, "--no-load-optim")
     options = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
     split = runs.split(3, *fresh, *SPLIT, 2, "--ldt-edge-world-size", 1, *options, "--load", runs.checkpoint())
@@ -227,8 +229,8 @@ def test_a_signal_to_one_site_stops_both_at_the_same_iteration(runs: Runs, tmp_p
 
 def test_sites_that_loaded_different_iterations_stop(runs: Runs, tmp_path: Path) -> None:
     saved = tmp_path / "saved"
-    common = (*BY_ITERATIONS, *SPLIT, 2, "--save", saved, "--save-interval", 1)
-    runs.split(2, *common, "--exit-interval", 4, "--load", runs.checkpoint()).require(3, 4)
+    common = (*BY_ITERATIONS, *SPLIT, 2, *runs.format, "--save", saved, "--save-interval", 1)
+    runs.split(2, *common, "--exit-interval", 4).require(3, 4)
     (saved / "cloud" / "latest_checkpointed_iteration.txt").write_text("3")
     split = runs.split(2, *common, "--load", saved)
     assert split.code != 0 and not split.figures

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ import torch
 from ldt_schedules.device import current_device
 from ldt_schedules.topology import Place, Site, SiteSize, Topology
 from ldt_schedules.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from ldt_schedules.megatron.modalities import Modality
 
 VOCABULARY = 64
 SEQUENCE = 12
@@ -52,6 +55,8 @@ class Case:
     inf_at: tuple[int, int] | None = None
     mistake: Callable[[Any, Any], AbstractContextManager[None]] | None = None
     forward_step: Callable[..., Any] | None = None
+    modalities: tuple[Modality, ...] = ()
+    batches: Callable[[int, range], Iterator[dict[str, Any]]] | None = None
     """`mistake(trained, session)` puts one in while inside. `everywhere` and `split_only` are set on the
     TransformerConfig once the model is built, as a training loop does; a function is called with the `Trained` object
     for the value. `inf_at` plants an inf: (step, pipeline rank)."""
@@ -154,6 +159,7 @@ def open_rank(case: Case, global_rank: int, ports: dict[str, int]) -> tuple[Plac
     import patches
     from ldt_schedules import device
     from ldt_schedules.megatron import world
+    from ldt_schedules.megatron.modalities import layout_with
     from ldt_schedules.planning.layout import Layout
     from ldt_schedules.planning.planners import plan
     from tests.parity import gathered_attention
@@ -172,6 +178,8 @@ def open_rank(case: Case, global_rank: int, ports: dict[str, int]) -> tuple[Plac
     if case.num_ranks == 1:
         return place, None
     layout = Layout.u(case.num_ranks, topology.domains)
+    if case.modalities:
+        layout = layout_with(case.modalities, case.num_ranks)
     run = world.join_link(
         topology,
         place,
@@ -201,7 +209,7 @@ def run_case(case: Case, place: Place) -> list[StepResult]:
     from ldt_schedules.training.model import build
 
     ddp = DistributedDataParallelConfig(**{"grad_reduce_in_fp32": case.precision != "fp64", **dict(case.ddp)})
-    trained = build(case.config(), case.topology, place, VOCABULARY, ddp)
+    trained = build(case.config(), case.topology, place, VOCABULARY, ddp, case.modalities)
     for name, value in case.everywhere + case.split_only:
         setattr(trained.config, name, value(trained) if callable(value) else value)
     with nullcontext() if case.mistake is None else case.mistake(trained, session.current()):
@@ -260,7 +268,7 @@ def run_schedule(case: Case, place: Place, trained: Any, step: int, forward_only
     mine = range(place.data_rank, count * case.edge.data, case.edge.data)
     reports = get_forward_backward_func()(
         forward_step_func=case.forward_step or forward_step,
-        data_iterator=batches(step, mine) if reads else None,
+        data_iterator=(case.batches or batches)(step, mine) if reads else None,
         model=[trained.model],
         num_microbatches=count,
         seq_length=SEQUENCE,

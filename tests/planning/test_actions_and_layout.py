@@ -132,6 +132,54 @@ def test_laps_go_round_the_ring(ranks, laps, domains):
     assert layout.rings(laps + 1) is None or laps * ranks % (laps + 1) == 0
 
 
+ROOTS = Layout.roots({"audio": 0, "vision": 1, "text": 2}, {"join": 3, "middle": 4, "last": 5})
+BESIDE_THE_HEAD = Layout.roots({"audio": 0, "vision": 0}, {"head": 0, "cloud1": 1, "cloud2": 2, "tail": 0})
+
+
+def test_several_roots_feed_a_chain():
+    assert [stage.name for stage in ROOTS.stages] == ["audio", "vision", "text", "join", "middle", "last"]
+    assert [stage.inputs for stage in ROOTS.stages] == [(), (), (), (0, 1, 2), (3,), (4,)]
+    assert [stage.ranks for stage in ROOTS.stages] == [(rank,) for rank in range(6)]
+    assert [stage.number for stage in ROOTS.stages] == [0, 0, 0, 1, 2, 3]
+    assert [ROOTS.is_head(s) for s in range(6)] == [True] * 3 + [False] * 3
+
+
+def test_encoders_beside_the_head_of_a_u():
+    """All three roots of rank 0 cannot be called stage 0: the cells of a grid would not tell them apart."""
+    assert BESIDE_THE_HEAD.stages_on(0) == (0, 1, 2, 5) and BESIDE_THE_HEAD.num_ranks == 3
+    assert [stage.inputs for stage in BESIDE_THE_HEAD.stages] == [(), (), (0, 1), (2,), (3,), (4,)]
+    assert [stage.label for stage in BESIDE_THE_HEAD.stages] == [None] * 6
+
+
+@pytest.mark.parametrize(
+    ("roots", "chain", "message"),
+    [
+        ({}, {"join": 0}, "there is no root"),
+        ({"text": 0}, {}, "the chain is empty"),
+        ({"text": 0, "join": 1}, {"join": 2}, "'join' is a root and a stage of the chain"),
+        ({"text": 0}, {"join": 2}, "without gaps"),
+    ],
+)
+def test_roots_that_are_no_layout(roots, chain, message):
+    with pytest.raises(ScheduleError, match=message):
+        Layout.roots(roots, chain)
+
+
+def test_labels_tell_the_stages_of_a_rank_apart():
+    assert Stage(1, "b", (0,), (), 1) == Stage(1, "b", (0,), ())
+    with pytest.raises(ScheduleError, match="stages 1 and 2 of rank 0 are both called 2; give them labels that differ"):
+        Layout((Stage(0, "a", (0,), ()), Stage(1, "b", (0,), (0,), 2), Stage(2, "c", (0,), (1,))))
+    with pytest.raises(ScheduleError, match="stage 0 has the label -1"):
+        Layout((Stage(0, "a", (0,), (), -1),))
+
+
+def test_the_same_work_whatever_stages_are_called():
+    renamed = Layout(tuple(Stage(s.index, "x", s.ranks, tuple(reversed(s.inputs))) for s in ROOTS.stages))
+    assert renamed != ROOTS and renamed.same_work(ROOTS)
+    assert not ROOTS.same_work(BESIDE_THE_HEAD)
+    assert not ROOTS.same_work(Layout(ROOTS.stages, 7))
+
+
 def test_an_edge_alone_is_no_u():
     with pytest.raises(ScheduleError, match="at least 2 pipeline ranks"):
         Layout.u(1)

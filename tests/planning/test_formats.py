@@ -43,6 +43,7 @@ def with_action(text):
         (altered(num_microbatches=0), "at least 1 microbatch"),
         (altered(stages=[]), "at least one stage"),
         (altered(stages=[{"stage": 0, "rank": "x"}]), "stage number 0: \"rank\" is 'x'"),
+        (altered(stages=[{"stage": 0, "rank": 0, "label": "x"}]), "\"label\" is 'x'; expected a whole number"),
         (altered(stages=7), '"stages" is 7; expected a list'),
         (altered(ranks={"7": []}), "7; the stages stand on ranks 0..2"),
         (altered(ranks={"0": "F s0 m0", "1": [], "2": []}), "rank 0: expected a list"),
@@ -58,7 +59,7 @@ def with_action(text):
         ("Rank 0 Rank 1\nStep 00: 0,0,F,x,", "line 2: cannot read the cell '0,0,F,x,'"),
         ("Rank 0 Rank 1\nStep 00: 0,0,SEND_F,(0,),", "names no peer"),
         ("Rank 0 Rank 1\nStep 00: 0,5,F,0,", "the grid has 2 columns"),
-        ("Rank 0 Rank 1\nStep 00: 0,0,F,0, 0,1,F,0,", "several roots of one stage are not supported"),
+        ("Rank 0 Rank 1\nStep 00: 0,0,F,0, 0,1,F,0,", "of stage 0 of rank 0: no message joins it to another stage"),
     ],
 )
 def test_broken_files(text, message):

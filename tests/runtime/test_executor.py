@@ -33,20 +33,23 @@ class LinearStages:
     log: list[str] = field(default_factory=list)
     fail_at: str = ""
 
-    def forward(self, stage, microbatch, inputs):
+    def forward(self, stage, microbatches, inputs):
+        (microbatch,), (inputs,) = microbatches, inputs
         self._log(f"F s{stage} m{microbatch}")
+        inputs = [x.requires_grad_() for x in inputs]
         x = inputs[0] if inputs else self.data[microbatch]
         output = torch.tanh(x @ self.weights[stage])
         if stage == self.tail:
             output = output.sum()
             self.losses.append(output.detach())
-        return output, (inputs, output)
+        return [(output.detach(), (inputs, output))]
 
-    def backward(self, stage, microbatch, saved, output_grads):
+    def backward(self, stage, microbatches, saved, output_grads):
+        (microbatch,), (saved,), (output_grads,) = microbatches, saved, output_grads
         self._log(f"B s{stage} m{microbatch}")
         inputs, output = saved
         output.backward(output_grads[0] if output_grads else None)
-        return [x.grad for x in inputs]
+        return [[x.grad for x in inputs]]
 
     def _log(self, text):
         self.log.append(text)

@@ -89,7 +89,7 @@ def measure(
 def _measure_stages(config: TrainConfig, site: Site, trained: Any) -> dict[int, tuple[int, int, int, int]]:
     import torch
 
-    from ldt_schedules.megatron.chunks import stage_modules
+    from ldt_schedules.megatron.chunks import modules_on_rank
 
     buffers = [*trained.model.buffers, *trained.model.expert_parallel_buffers]
     weights = {p.untyped_storage().data_ptr() for p in trained.model.parameters()}
@@ -99,7 +99,8 @@ def _measure_stages(config: TrainConfig, site: Site, trained: Any) -> dict[int, 
     tokens = torch.randint(0, VOCABULARY, (samples, sequence))
     positions = torch.arange(sequence).expand(samples, -1).contiguous()
     found = {}
-    for number, module in stage_modules(trained.model).items():
+    rank = 0 if site is Site.EDGE else 1
+    for number, module in modules_on_rank([trained.model], Layout.u(config.num_pipeline_ranks), rank).items():
         stage = number if site is Site.EDGE else 1
         given = torch.randn(sequence, samples, config.model.hidden_size, dtype=trained.config.params_dtype)
         given.requires_grad_()

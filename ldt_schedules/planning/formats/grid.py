@@ -5,15 +5,19 @@
     Step 01: 0,0,SEND_F,(0,),1 1,1,F,0,
 
 A cell is `stage,rank,ACTION,microbatch,` or `stage,rank,SEND_F,(microbatches),peer`. A step is a rank's program counter,
-not a clock: two cells in one row need not happen together.
+not a clock: two cells in one row need not happen together. The stage number is the author's (`Stage.label`):
+stages on different ranks may share one, as several roots do.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 
 from ldt_schedules.planning.actions import Action, Kind
 from ldt_schedules.planning.errors import ScheduleError
+from ldt_schedules.planning.formats import grid_layout
+from ldt_schedules.planning.formats.grid_layout import Cell
 from ldt_schedules.planning.layout import Layout
 from ldt_schedules.planning.table import ScheduleTable
 
@@ -23,6 +27,8 @@ _CELL = re.compile(
 )
 _HEADER = re.compile(r"Rank (\d{1,9})\b")
 _STEP = re.compile(r"Step (\d+):")
+_WORD = re.compile(r"(?:\([^()]*\)|\S)+")
+"""A cell; Python writes a blank into `(0, 1)`."""
 
 
 def dumps(table: ScheduleTable) -> str:
@@ -35,80 +41,116 @@ def dumps(table: ScheduleTable) -> str:
         for action in row:
             if action.other is not None:
                 raise ScheduleError(f"rank {rank}: a cell of a grid has no place for {action}; write JSON instead")
-    columns = [[_cell(rank, action) for action in row] for rank, row in enumerate(table.ranks)]
-    widths = [max([len(f"Rank {rank}"), *map(len, column)]) for rank, column in enumerate(columns)]
-    label = len("Step 00: ")
-    lines = [" " * label + " ".join(f"Rank {rank}".ljust(width) for rank, width in enumerate(widths))]
-    for step in range(max(map(len, columns))):
-        cells = [
-            (column[step] if step < len(column) else "").ljust(width)
-            for column, width in zip(columns, widths, strict=True)
-        ]
-        lines.append(f"Step {step:02d}:".ljust(label) + " ".join(cells))
-    return "\n".join(line.rstrip() for line in lines) + "\n"
+    columns = [[cell(table, rank, index) for index in range(len(row))] for rank, row in enumerate(table.ranks)]
+    return "\n".join(_lines(columns, range(max(map(len, columns))))) + "\n"
+
+
+def cell(table: ScheduleTable, rank: int, index: int) -> str:
+    """The cell of action `index` of a rank, `0,1,F,0,`; of an action that a grid has no place for, its own text."""
+    action, stages = table.ranks[rank][index], table.layout.stages
+    if action.other is not None:
+        return str(action)
+    number = stages[action.stage].number if action.stage < len(stages) else action.stage
+    if action.kind.is_compute and len(action.microbatches) == 1:
+        return f"{number},{rank},{action.kind},{action.microbatches[0]},"
+    many = ",".join(map(str, action.microbatches)) + ("," if len(action.microbatches) == 1 else "")
+    return f"{number},{rank},{action.kind},({many}),{'' if action.peer is None else action.peer}"
+
+
+def excerpt(table: ScheduleTable, rank: int, index: int, rows: int = 3) -> str:
+    """The steps around action `index` of a rank, that one marked: for a message about what went wrong there.
+
+                 Rank 0            Rank 1
+        Step 01: 0,0,SEND_F,(0,),1 >1,1,F,0,<
+        Step 02: 0,0,F,1,          1,1,B,0,
+
+    An index past the end of the row marks the empty place there: the rank is through. Any table can be shown.
+
+    Args:
+        rows: how many steps before and after it.
+    """
+    end = max(index + 1, *map(len, table.ranks))
+    steps = range(max(0, index - rows), min(end, index + rows + 1))
+    columns = [[cell(table, r, step) if step < len(row) else "" for step in steps] for r, row in enumerate(table.ranks)]
+    if index in steps:
+        columns[rank][index - steps.start] = f">{columns[rank][index - steps.start]}<"
+    return "\n".join(_lines(columns, steps))
 
 
 def loads(text: str, layout: Layout | None = None) -> ScheduleTable:
     """Read a grid.
 
     Args:
-        layout: what the stages are; by default a U, found from the number of columns.
+        layout: what the stages are. By default a U of one lap or several if the numbers and ranks in the cells are those
+            of one; any other graph of stages is read off the messages (`grid_layout` says how).
 
     Raises:
-        ScheduleError: not a grid, a cell that cannot be read, in a wrong column, or without the peer it needs. A stage
-            that stands on several ranks at once (several roots) is not supported.
+        ScheduleError: not a grid, a cell that cannot be read, of a rank without a column, without the peer it needs, or
+            with one that holds no stage at the other end; or a graph of stages that the messages do not show in full.
+            What is wrong with a U that no `layout` was given for, the validator tells, all at once.
     """
-    lines = [line for line in text.splitlines() if line.strip()]
-    if not lines or not _HEADER.search(lines[0]):
+    num_ranks, cells = _read(text)
+    found = layout or grid_layout.known_layout(cells, num_ranks) or grid_layout.derived_layout(cells, num_ranks)
+    known = grid_layout.places(found)
+    rows: list[list[Action]] = [[] for _ in range(num_ranks)]
+    for one in cells:
+        action = one.action
+        stage = grid_layout.stage_of(one, known)
+        rows[one.rank].append(Action(action.kind, stage, action.microbatches, action.peer))
+    if layout is not None:
+        grid_layout.check_peers(cells, layout)
+    forward_only = all(one.action.kind.is_forward for one in cells)
+    last = max((m for one in cells for m in one.action.microbatches), default=-1)
+    return ScheduleTable.from_rows(found, last + 1, rows, forward_only)
+
+
+def _lines(columns: Sequence[Sequence[str]], steps: Iterable[int]) -> list[str]:
+    """A grid of these cells; `columns` has for each rank those of the steps, as far as there are any."""
+    widths = [max([len(f"Rank {rank}"), *map(len, column)]) for rank, column in enumerate(columns)]
+    label = len("Step 00: ")
+    lines = [" " * label + " ".join(f"Rank {rank}".ljust(width) for rank, width in enumerate(widths))]
+    for row, step in enumerate(steps):
+        cells = [
+            (column[row] if row < len(column) else "").ljust(width)
+            for column, width in zip(columns, widths, strict=True)
+        ]
+        lines.append(f"Step {step:02d}:".ljust(label) + " ".join(cells))
+    return [line.rstrip() for line in lines]
+
+
+def _read(text: str) -> tuple[int, list[Cell]]:
+    """How many columns there are, and the cells, row by row."""
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not lines or not _HEADER.search(lines[0][1]):
         raise ScheduleError("line 1: expected the ranks' names: 'Rank 0   Rank 1   …'")
-    starts = {int(match[1]): match.start() for match in _HEADER.finditer(lines[0])}
-    if sorted(starts) != list(range(len(starts))):
-        raise ScheduleError(f"line 1: ranks must be 0..{len(starts) - 1}, got {sorted(starts)}")
-    rows: list[list[Action]] = [[] for _ in starts]
-    stages: dict[int, set[int]] = {}
-    for number, line in enumerate(lines[1:], 2):
+    ranks = sorted(int(match[1]) for match in _HEADER.finditer(lines[0][1]))
+    if ranks != list(range(len(ranks))):
+        raise ScheduleError(f"line {lines[0][0]}: ranks must be 0..{len(ranks) - 1}, got {ranks}")
+    cells = []
+    for number, line in lines[1:]:
         step = _STEP.match(line)
         if step is None:
             raise ScheduleError(f"line {number}: expected 'Step NN: …', got {line[:30]!r}")
-        for cell in line[step.end() :].split():
-            rank, action = _action(cell, number, len(starts))
-            rows[rank].append(action)
-            stages.setdefault(action.stage, set()).add(rank)
-    _refuse_several_roots(stages)
-    layout = layout or Layout.u(len(starts))
-    forward_only = all(action.kind.is_forward for row in rows for action in row)
-    microbatches = {m for row in rows for action in row for m in action.microbatches}
-    return ScheduleTable.from_rows(layout, max(microbatches, default=-1) + 1, rows, forward_only)
+        cells += [_cell(word, number, len(ranks)) for word in _WORD.findall(line[step.end() :])]
+    return len(ranks), cells
 
 
-def _cell(rank: int, action: Action) -> str:
-    if action.kind.is_compute and len(action.microbatches) == 1:
-        return f"{action.stage},{rank},{action.kind},{action.microbatches[0]},"
-    many = ",".join(map(str, action.microbatches)) + ("," if len(action.microbatches) == 1 else "")
-    return f"{action.stage},{rank},{action.kind},({many}),{'' if action.peer is None else action.peer}"
-
-
-def _action(cell: str, line: int, num_ranks: int) -> tuple[int, Action]:
-    match = _CELL.fullmatch(cell)
+def _cell(text: str, line: int, num_ranks: int) -> Cell:
+    match = _CELL.fullmatch(text)
     if match is None or match["kind"] not in Kind.__members__:
         raise ScheduleError(
-            f"line {line}: cannot read the cell {cell!r}; expected for example '0,0,F,0,' or '0,0,SEND_F,(0,),1'"
+            f"line {line}: cannot read the cell {text!r}; expected for example '0,0,F,0,' or '0,0,SEND_F,(0,),1'"
         )
-    rank = int(match["rank"])
+    stage, rank, kind = int(match["stage"]), int(match["rank"]), Kind(match["kind"])
     if rank >= num_ranks:
-        raise ScheduleError(f"line {line}: the cell {cell!r} is of rank {rank}, the grid has {num_ranks} columns")
+        raise ScheduleError(f"line {line}: the cell {text!r} is of rank {rank}, the grid has {num_ranks} columns")
+    if not kind.is_compute and not match["peer"]:
+        raise ScheduleError(
+            f"line {line}: the cell {text!r} names no peer; write the rank {'to' if kind.is_send else 'from'} which "
+            f"the message {'goes' if kind.is_send else 'comes'} behind the last comma"
+        )
     microbatches = tuple(int(m) for m in (match["one"] or match["many"]).split(","))
     try:
-        peer = int(match["peer"]) if match["peer"] else None
-        return rank, Action(Kind(match["kind"]), int(match["stage"]), microbatches, peer)
+        return Cell(line, text, rank, Action(kind, stage, microbatches, int(match["peer"]) if match["peer"] else None))
     except ScheduleError as error:
-        raise ScheduleError(f"line {line}: the cell {cell!r}: {error}") from None
-
-
-def _refuse_several_roots(stages: dict[int, set[int]]) -> None:
-    for stage, ranks in sorted(stages.items()):
-        if len(ranks) > 1:
-            raise ScheduleError(
-                f"stage {stage} stands on ranks {sorted(ranks)}: several roots of one stage are not supported yet; give "
-                "each a stage number of its own"
-            )
+        raise ScheduleError(f"line {line}: the cell {text!r}: {error}") from None

@@ -5,7 +5,8 @@
      "ranks": {"0": ["F s0 m0", "SEND_F s0 m0 ->1", ...], "1": [...]}}
 
 A stage of several domains has one rank for each: `"rank": [1, 4]`. A table for evaluation says `"forward_only": true`.
-`"num_ranks"` is written where some rank has no stage, `"domain_of"` where microbatch m is not of domain m mod D.
+`"num_ranks"` is written where some rank has no stage, `"domain_of"` where microbatch m is not of domain m mod D, `"label"`
+of a stage where a grid calls it by another number than its own.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def layout_content(layout: Layout) -> dict[str, Any]:
             "rank": stage.ranks[0] if len(stage.ranks) == 1 else list(stage.ranks),
             "name": stage.name,
             "inputs": list(stage.inputs),
+            **({} if stage.label is None else {"label": stage.label}),
         }
         for stage in layout.stages
     ]
@@ -108,11 +110,12 @@ def _stage(entry: object, number: int) -> Stage:
     rank = entry.get("rank")
     ranks = tuple(rank) if isinstance(rank, list) else (rank,)
     inputs = entry.get("inputs", [])
+    label = get(entry, "label", int) if "label" in entry else None
     for name, values in (("rank", ranks), ("inputs", inputs if isinstance(inputs, list) else [None])):
         if any(not isinstance(value, int) or isinstance(value, bool) or value < 0 for value in values):
             raise ScheduleError(f'{where}: "{name}" is {entry.get(name)!r}; expected whole numbers from 0')
     name = entry.get("name", f"stage{number}")
-    return Stage(index=get(entry, "stage", int), name=str(name), ranks=ranks, inputs=tuple(inputs))
+    return Stage(index=get(entry, "stage", int), name=str(name), ranks=ranks, inputs=tuple(inputs), label=label)
 
 
 def _row(rank: str, row: object) -> list[Action]:

@@ -29,7 +29,6 @@ _ACTION = "SEND_F|RECV_F|SEND_B|RECV_B|F|B|I|W"
 _CELL = re.compile(rf"(?P<stage>[0-9]{{1,9}})(?P<kind>{_ACTION})(?P<microbatch>[0-9]{{1,9}})")
 _OF_PARAMETERS = re.compile(r"[0-9]{1,9}(UNSHARD|RESHARD|REDUCE_GRAD)[0-9]{0,9}")
 _BEGINNING = re.compile(rf"[\s,\"]*[0-9]+({_ACTION}|UNSHARD|RESHARD|REDUCE_GRAD)[0-9]*[\s,\"]*([,\r\n]|$)")
-_UPSTREAM = (Kind.RECV_F, Kind.SEND_B)
 
 
 def is_csv(text: str) -> bool:
@@ -138,7 +137,7 @@ def _action(layout: Layout, rank: int, cell: str) -> Action:
 def _peer(layout: Layout, kind: Kind, stage: int) -> int:
     """The rank at the other end of a message."""
     _check_stage(layout, stage)
-    other = stage - 1 if kind in _UPSTREAM else stage + 1
+    other = stage - 1 if kind.peer_is_upstream else stage + 1
     if not 0 <= other < len(layout.stages):
         raise ScheduleError(
             f"stage {stage} is the {'first' if other < 0 else 'last'} of the layout; nobody is at the other end"

@@ -1,0 +1,100 @@
+"""Stops every process together, and tells each of them why.
+
+The first process that fails leaves the cause in the store that all of them know; a thread in each looks there twenty
+times a second, through a connection of its own, so that it sees the cause while the process waits for somebody who will
+never answer. What fails afterwards is a consequence, and says so.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from typing import Any
+
+from ldt_schedules.errors import LdtError
+
+_POLL_S = 0.05
+_FAREWELL_S = 1.5
+_CAUSE, _LEFT = "abort/cause", "abort/left"
+
+
+class Aborted(LdtError):
+    """Another process has failed.
+
+    Attributes:
+        cause: what it declared.
+    """
+
+    def __init__(self, cause: dict[str, Any]) -> None:
+        super().__init__(f"stopped because {cause['text']}")
+        self.cause = cause
+
+
+class Abort:
+    """One process's view.
+
+    Attributes:
+        store: a client of its own: other users of one client wait for each other.
+        processes: how many there are.
+        serves: the store that this process is the server of; the others need it until they have left. None: somebody else's.
+        timeout_s: how long the server waits for them.
+    """
+
+    def __init__(self, store: Any, processes: int, serves: Any = None, timeout_s: float = 300.0) -> None:
+        self._store, self._processes, self._serves, self._timeout_s = store, processes, serves, timeout_s
+        self._cause: dict[str, Any] | None = None
+        self._stop, self._lock = threading.Event(), threading.Lock()
+        self._thread = threading.Thread(target=self._watch, name="ldt-abort", daemon=True)
+        self._thread.start()
+
+    def declare(self, text: str, **more: Any) -> dict[str, Any]:
+        """Stop everybody because of `text`; returns the cause, which is another's where another was first."""
+        mine = json.dumps({"text": text, **more})
+        with self._lock:
+            self._cause = json.loads(self._store.compare_set(_CAUSE, "", mine))
+        return self._cause
+
+    def check(self) -> None:
+        """Go on unless somebody has failed.
+
+        Raises:
+            Aborted: somebody has.
+        """
+        if self._cause is not None:
+            raise Aborted(self._cause)
+
+    def wait_for_cause(self, seconds: float) -> dict[str, Any] | None:
+        """The cause, if somebody declares one within so many seconds: a lost connection is seldom the beginning."""
+        deadline = time.monotonic() + seconds
+        while self._cause is None and time.monotonic() < deadline:
+            time.sleep(_POLL_S / 5)
+        return self._cause
+
+    def close(self) -> None:
+        """Stop looking. The process that serves the store stays until the others have left; after a failure, a moment."""
+        self._stop.set()
+        self._thread.join(timeout=2)
+        deadline = time.monotonic() + (self._timeout_s if self._cause is None else _FAREWELL_S)
+        try:
+            left = self._store.add(_LEFT, 1)
+            while self._serves is not None and left < self._processes and time.monotonic() < deadline:
+                time.sleep(_POLL_S / 5)
+                left = self._store.add(_LEFT, 0)
+        except RuntimeError:
+            return  # whoever served the store has gone, and nobody is left to wait for
+        finally:
+            self._serves = None
+
+    def _watch(self) -> None:
+        while not self._stop.wait(_POLL_S):
+            try:
+                with self._lock:
+                    if self._cause is None and self._store.check([_CAUSE]):
+                        self._cause = json.loads(self._store.get(_CAUSE))
+            except RuntimeError:
+                if self._cause is None and not self._stop.is_set():
+                    self._cause = {"text": "the process that holds the link's store has gone"}
+                return
+            if self._cause is not None:
+                return

@@ -1,0 +1,201 @@
+"""Messages of any shape between pipeline ranks: each says in a header what follows.
+
+A send is posted at once, header and payload. A receive posts the header; a thread looks which headers have come, makes room
+and posts the payloads, so that they travel while the stages compute:
+
+    post_recv ──► header posted ──► [thread] header there ─► checked ─► payload posted ─► there ──► wait (at first use)
+
+Nobody waits inside gloo for a message that may never come: such a wait cannot be broken off, and a thread in it takes the
+whole process down when the interpreter ends. So every header and payload ends with a mark, the thread looks for it in
+memory, and the process waits for the thread alone, looking for the cause of an abort meanwhile.
+
+Headers go over the link's gloo group for control, where tags keep them apart. The payloads of one pair of ranks on one lane
+are received in the order in which they were sent, so that a backend without tags will do.
+"""
+
+from __future__ import annotations
+
+import atexit
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from ldt_schedules import device
+from ldt_schedules.comm.abort import Abort, Aborted
+from ldt_schedules.comm.link import Link
+from ldt_schedules.comm.message_header import LENGTH, MessageHeader, Specs
+from ldt_schedules.comm.message_payload import packed, room_for, unpacked
+from ldt_schedules.comm.message_pump import MARK, Pump
+from ldt_schedules.comm.torch_transport import ProcessTransport
+from ldt_schedules.comm.traffic import Traffic
+from ldt_schedules.errors import LdtError
+from ldt_schedules.planning.channels import Lane
+
+_POLL_S = 0.02
+_GRACE_S = 1.0
+
+Expected = Callable[[], "Specs | None"]
+"""The shapes that are due, asked when the header is there; None where any will do."""
+
+
+@dataclass
+class MessageTransport:
+    """The transport of one process, whose pipeline rank is its rank on the link; a `comm.transport.Transport`.
+
+    Contents are None, a tensor, or a tuple of tensors and None.
+
+    Attributes:
+        abort: where a failure anywhere is seen.
+        iteration: of the step that runs; part of every header.
+    """
+
+    link: Link
+    abort: Abort
+    iteration: int = 0
+    traffic: Traffic = field(default_factory=Traffic)
+
+    def __post_init__(self) -> None:
+        self._pump = Pump()
+        self._meetings = 0
+        self._closed = False
+        self._processes = ProcessTransport(self.link)
+        atexit.register(self.close)  # a thread that outlives the interpreter's modules ends the process with SIGABRT
+
+    def post_send(self, content: Any, /, *, peer: int, lane: Lane, tag: int) -> _Sending:
+        """Start sending. What is sent is kept until it has gone."""
+        self.abort.check()
+        header = MessageHeader.of(content, self.iteration, tag)
+        numbers = torch.cat([header.encoded(), torch.tensor([MARK])])
+        works: list[Any] = [_Work(self.link.scalars.send([numbers], peer, tag), numbers, self.link.timeout_s)]
+        if header.num_bytes:
+            payload = packed(content, header)
+            self.traffic.sent[peer] += header.num_bytes
+            what = f"pipeline rank {peer}"
+            works.append(self._processes.post_send(payload, peer, lane=lane, tag=tag, what=what))
+        return _Sending(self, works, f"sending message {tag} to rank {peer}")
+
+    def post_recv(self, expected: Expected, /, *, peer: int, lane: Lane, tag: int) -> _Receiving:
+        """Start receiving."""
+        self.abort.check()
+        iteration, numbers = self.iteration, torch.zeros(LENGTH + 1, dtype=torch.int64)
+        work = _Work(self.link.scalars.recv([numbers], peer, tag), numbers, self.link.timeout_s)
+
+        def payload() -> tuple[Any, torch.Tensor, Callable[[], Any]]:
+            """The header is there: what is still to come, where to, and what it will make."""
+            header = MessageHeader.decoded(numbers[:LENGTH])
+            header.require(iteration, tag, expected())
+            buffer = room_for(header, self._processes, lane)
+            if header.num_bytes == 0:
+                return None, buffer, lambda: unpacked(buffer, header)
+            self.traffic.received[peer] += header.num_bytes
+            what = f"pipeline rank {peer}"
+            posted = self._processes.post_recv(buffer, peer, lane=lane, tag=tag, what=what)
+            return posted, buffer, lambda: unpacked(buffer, header)
+
+        future = self._pump.expect((peer, lane), work, numbers, payload)
+        return _Receiving(self, future, lane, f"receiving message {tag} from rank {peer}")
+
+    def wait_until(self, done: Callable[[], bool], what: str) -> None:
+        """Look again and again, and for the cause of an abort meanwhile.
+
+        Raises:
+            Aborted: somebody has failed.
+            LdtError: it took longer than the link's deadline.
+        """
+        deadline = time.monotonic() + self.link.timeout_s
+        while not done():
+            self.abort.check()
+            if time.monotonic() > deadline:
+                raise LdtError(f"waited {self.link.timeout_s:g} s for {what}")
+            time.sleep(_POLL_S / 10)
+
+    def fetch(self, key: str, what: str) -> dict[str, Any]:
+        """A message that another rank leaves with `link.publish`. Raises as `wait_until` does."""
+        self.wait_until(lambda: self.link.store.check([key]), what)
+        return self.link.fetch(key, what)
+
+    def wait_for_all(self) -> None:
+        """Return when every rank has called this as often. Raises as `wait_until` does."""
+        self._meetings += 1
+        key, store = f"meeting/{self._meetings}", self.link.store
+        store.add(key, 1)
+        self.wait_until(lambda: bool(store.add(key, 0) >= self.link.total_processes), "the other ranks")
+
+    def consequence(self, what: str, error: Exception) -> LdtError:
+        """The error to raise for one of the link's: a lost connection is seldom the beginning."""
+        cause = self.abort.wait_for_cause(_GRACE_S)
+        return Aborted(cause) if cause is not None else LdtError(f"{what} failed: {error}")
+
+    def close(self) -> None:
+        """Give the link back, so that those who wait for this rank see it go. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        self._pump.end()
+        self.link.close()
+        self.abort.close()
+
+
+@dataclass
+class _Sending:
+    transport: MessageTransport
+    works: list[Any]
+    what: str
+
+    def is_complete(self) -> bool:
+        return all(work.is_complete() for work in self.works)
+
+    def wait(self) -> None:
+        """Who comes here has posted all of its receives before, so that the circle of those who wait is never closed."""
+        try:
+            for work in self.works:
+                work.wait()
+        except Exception as error:
+            raise self.transport.consequence(self.what, error) from error
+
+
+@dataclass
+class _Receiving:
+    transport: MessageTransport
+    future: Future[Any]
+    lane: Lane
+    what: str
+
+    def wait(self) -> Any:
+        deadline = time.monotonic() + self.transport.link.timeout_s
+        while True:
+            try:
+                content = self.future.result(timeout=_POLL_S)
+            except FutureTimeout:
+                self.transport.abort.check()
+                if time.monotonic() > deadline:
+                    raise LdtError(f"{self.what} took longer than {self.transport.link.timeout_s:g} s") from None
+            except LdtError:
+                raise
+            except Exception as error:
+                raise self.transport.consequence(self.what, error) from error
+            else:
+                device.wait_for_stream(self.transport.link.channels[self.lane].stream)
+                return content
+
+
+@dataclass
+class _Work:
+    """A header under way; keeps its numbers."""
+
+    work: Any
+    numbers: torch.Tensor
+    timeout_s: float
+
+    def is_complete(self) -> bool:
+        return bool(self.work.is_completed())
+
+    def wait(self) -> None:
+        self.work.wait(timedelta(seconds=self.timeout_s))

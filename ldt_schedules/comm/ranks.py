@@ -1,0 +1,61 @@
+"""Joins the processes of a pipeline that has no sites: one process a pipeline rank, all in one launch or each by hand."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from ldt_schedules.comm.abort import Abort
+from ldt_schedules.comm.link import connect
+from ldt_schedules.comm.message_transport import MessageTransport
+from ldt_schedules.errors import ConfigError
+
+
+def connect_ranks(
+    rank: int | None = None,
+    num_ranks: int | None = None,
+    address: tuple[str, int] | None = None,
+    timeout_s: float = 300.0,
+    backend: str = "auto",
+) -> MessageTransport:
+    """Join the others; returns when all ranks are there.
+
+    Args:
+        rank, num_ranks: of this process and in all; default: RANK and WORLD_SIZE, as torchrun sets them.
+        address: host and port, where rank 0 listens; default: MASTER_ADDR and MASTER_PORT, where torchrun does.
+        timeout_s: the deadline of every wait, seconds.
+        backend: of the payloads: `auto` (the device's own), `gloo`, `nccl` or `hccl`.
+
+    Raises:
+        ConfigError: neither arguments nor environment say who this process is.
+        LdtError: the others did not come in time.
+    """
+    missing = [
+        name
+        for name, value in {
+            "RANK": rank,
+            "WORLD_SIZE": num_ranks,
+            "MASTER_ADDR": address,
+            "MASTER_PORT": address,
+        }.items()
+        if value is None and name not in os.environ
+    ]
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)} not set: start the ranks with torchrun, or call connect_ranks(rank, num_ranks, (host, port))"
+        )
+    rank = int(os.environ["RANK"]) if rank is None else rank
+    num_ranks = int(os.environ["WORLD_SIZE"]) if num_ranks is None else num_ranks
+    host, port = address or (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    launcher_listens = address is None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    listens = rank == 0 and not launcher_listens
+    name = f"ldt-ranks/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    link = connect(
+        host=host, port=port, listen=listens, global_rank=rank, total_processes=num_ranks, timeout_s=timeout_s,
+        backend=backend, name=name,
+    )  # fmt: skip
+    own = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+    serves = link.store if listens else None
+    return MessageTransport(link, Abort(dist.PrefixStore(name, own), num_ranks, serves, timeout_s))
