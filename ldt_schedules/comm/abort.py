@@ -3,6 +3,9 @@
 The first process that fails leaves the cause in the store that all of them know; a thread in each looks there twenty
 times a second, through a connection of its own, so that it sees the cause while the process waits for somebody who will
 never answer. What fails afterwards is a consequence, and says so.
+
+A process that is killed or frozen cannot say anything. So each counts a number of its own up while it lives, and one that
+stands still for too long is the cause.
 """
 
 from __future__ import annotations
@@ -16,7 +19,10 @@ from ldt_schedules.errors import LdtError
 
 _POLL_S = 0.05
 _FAREWELL_S = 1.5
+_BEAT_S = 0.5
 _CAUSE, _LEFT = "abort/cause", "abort/left"
+_GONE = -(10**9)
+"""What a process that leaves adds to its number."""
 
 
 class Aborted(LdtError):
@@ -39,10 +45,22 @@ class Abort:
         processes: how many there are.
         serves: the store that this process is the server of; the others need it until they have left. None: somebody else's.
         timeout_s: how long the server waits for them.
+        silence_s: a process that is not heard of for so long is taken for dead.
     """
 
-    def __init__(self, store: Any, processes: int, serves: Any = None, timeout_s: float = 300.0) -> None:
-        self._store, self._processes, self._serves, self._timeout_s = store, processes, serves, timeout_s
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        processes: int,
+        serves: Any = None,
+        timeout_s: float = 300.0,
+        silence_s: float = 10.0,
+    ) -> None:
+        self._store, self._rank, self._processes = store, rank, processes
+        self._serves, self._timeout_s, self._silence_s = serves, timeout_s, silence_s
+        self._heard: dict[int, tuple[int, float]] = {}
+        self._next_beat = 0.0
         self._cause: dict[str, Any] | None = None
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="ldt-abort", daemon=True)
@@ -77,6 +95,7 @@ class Abort:
         self._thread.join(timeout=2)
         deadline = time.monotonic() + (self._timeout_s if self._cause is None else _FAREWELL_S)
         try:
+            self._store.add(_beat(self._rank), _GONE)
             left = self._store.add(_LEFT, 1)
             while self._serves is not None and left < self._processes and time.monotonic() < deadline:
                 time.sleep(_POLL_S / 5)
@@ -87,14 +106,32 @@ class Abort:
             self._serves = None
 
     def _watch(self) -> None:
-        while not self._stop.wait(_POLL_S):
+        while self._cause is None and not self._stop.wait(_POLL_S):
             try:
                 with self._lock:
                     if self._cause is None and self._store.check([_CAUSE]):
                         self._cause = json.loads(self._store.get(_CAUSE))
+                    silent = self._silent()
             except RuntimeError:
                 if self._cause is None and not self._stop.is_set():
-                    self._cause = {"text": "the process that holds the link's store has gone"}
+                    self._cause = {"text": "the process that serves the link's store has gone"}
                 return
-            if self._cause is not None:
-                return
+            if silent:
+                self.declare(f"nothing has been heard of rank {silent[0]} for {self._silence_s:g} s: killed, or frozen")
+
+    def _silent(self) -> list[int]:
+        """Be heard, and listen: the ranks whose number has stood still for too long."""
+        now = time.monotonic()
+        if now < self._next_beat:
+            return []
+        self._next_beat = now + _BEAT_S
+        self._store.add(_beat(self._rank), 1)
+        for rank in range(self._processes):
+            count, since = self._heard.get(rank, (0, now))
+            beat = self._store.add(_beat(rank), 0)
+            self._heard[rank] = (beat, now if beat != count or beat < 0 else since)
+        return [rank for rank, (_, since) in self._heard.items() if now - since > self._silence_s]
+
+
+def _beat(rank: int) -> str:
+    return f"abort/beat/{rank}"

@@ -16,6 +16,7 @@ are received in the order in which they were sent, so that a backend without tag
 from __future__ import annotations
 
 import atexit
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -65,7 +66,17 @@ class MessageTransport:
         self._meetings = 0
         self._closed = False
         self._processes = ProcessTransport(self.link)
-        atexit.register(self.close)  # a thread that outlives the interpreter's modules ends the process with SIGABRT
+        # A thread that is still in C++ when the interpreter ends takes the process down with SIGABRT.
+        atexit.register(self._at_exit)
+
+    def __enter__(self) -> MessageTransport:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        """Close; an error that nobody has told the others of is told."""
+        if error is not None:
+            self.abort.declare(f"rank {self.link.global_rank}: {type(error).__name__}: {error}")
+        self.close()
 
     def post_send(self, content: Any, /, *, peer: int, lane: Lane, tag: int) -> _Sending:
         """Start sending. What is sent is kept until it has gone."""
@@ -137,10 +148,14 @@ class MessageTransport:
         if self._closed:
             return
         self._closed = True
-        atexit.unregister(self.close)
+        atexit.unregister(self._at_exit)
         self._pump.end()
         self.link.close()
         self.abort.close()
+
+    def _at_exit(self) -> None:
+        """The user has not closed: perhaps because of an error of his own, which the interpreter has just printed."""
+        self.__exit__(None, getattr(sys, "last_exc", None) or getattr(sys, "last_value", None), None)
 
 
 @dataclass

@@ -19,6 +19,7 @@ def connect_ranks(
     address: tuple[str, int] | None = None,
     timeout_s: float = 300.0,
     backend: str = "auto",
+    silence_s: float = 10.0,
 ) -> MessageTransport:
     """Join the others; returns when all ranks are there.
 
@@ -27,6 +28,7 @@ def connect_ranks(
         address: host and port, where rank 0 listens; default: MASTER_ADDR and MASTER_PORT, where torchrun does.
         timeout_s: the deadline of every wait, seconds.
         backend: of the payloads: `auto` (the device's own), `gloo`, `nccl` or `hccl`.
+        silence_s: a rank that is not heard of for so long is taken for dead, and all stop.
 
     Raises:
         ConfigError: neither arguments nor environment say who this process is.
@@ -58,4 +60,4 @@ def connect_ranks(
     )  # fmt: skip
     own = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
     serves = link.store if listens else None
-    return MessageTransport(link, Abort(dist.PrefixStore(name, own), num_ranks, serves, timeout_s))
+    return MessageTransport(link, Abort(dist.PrefixStore(name, own), rank, num_ranks, serves, timeout_s, silence_s))

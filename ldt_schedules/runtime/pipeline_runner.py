@@ -28,6 +28,7 @@ from ldt_schedules.comm.message_header import Specs
 from ldt_schedules.comm.message_transport import MessageTransport
 from ldt_schedules.errors import ConfigError, LdtError
 from ldt_schedules.planning.dependencies import Value, What
+from ldt_schedules.planning.errors import ScheduleError
 from ldt_schedules.planning.formats import grid, table_hash
 from ldt_schedules.planning.table import ScheduleTable
 from ldt_schedules.planning.validator import check
@@ -77,16 +78,20 @@ class PipelineRunner:
         weights: Sequence[float] | None = None,
         blocking: bool = False,
     ) -> None:
-        check(table, blocking=blocking)
-        check_executable(table, packing=True)
         self.table, self.rank, self.transport, self.blocking = table, rank, transport, blocking
         self.loss, self.weights = loss, weights or [1 / table.num_microbatches] * table.num_microbatches
         self.stages = {
             number: stage if isinstance(stage, PipelineStage) else PipelineStage(stage)
             for number, stage in stages.items()
         }
-        self._check_arguments()
-        self._agree()
+        try:
+            check(table, blocking=blocking)
+            check_executable(table, packing=True)
+            self._check_arguments()
+            self._agree()
+        except (ScheduleError, ConfigError) as error:
+            transport.abort.declare(f"rank {rank}: {error}", rank=rank)
+            raise
 
     def step(
         self, inputs: Mapping[int, Sequence[Any]] | Sequence[Any] | None = None, targets: Sequence[Any] | None = None

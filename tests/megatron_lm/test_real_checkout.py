@@ -141,7 +141,9 @@ def test_sites_of_other_sizes_print_the_same(runs: Runs, ranks: int, processes: 
 def test_distributed_optimizer_with_overlap(runs: Runs) -> None:
     """Its state cannot be loaded without Apex or Transformer Engine (stock), so both start with a new one."""
     if runs.is_old:
-        pytest.skip("core_v0.12.1's distributed optimizer cannot step without Transformer Engine (quantize_param_shard)")
+        pytest.skip(
+            "core_v0.12.1's distributed optimizer cannot step without Transformer Engine (quantize_param_shard)"
+        )
     fresh = (*BY_ITERATIONS, "--no-load-optim")
     options = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
     split = runs.split(3, *fresh, *SPLIT, 2, "--ldt-edge-world-size", 1, *options, "--load", runs.checkpoint())
