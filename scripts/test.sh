@@ -13,4 +13,5 @@ fi
 .venv/bin/python -m ruff check .
 .venv/bin/python -m mypy
 .venv/bin/lint-imports
-exec .venv/bin/python -m pytest "$@"
+# Two files of tests at a time: most of them wait for processes that start.
+exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
