@@ -68,9 +68,12 @@ class Abort:
 
     def declare(self, text: str, **more: Any) -> dict[str, Any]:
         """Stop everybody because of `text`; returns the cause, which is another's where another was first."""
-        mine = json.dumps({"text": text, **more})
+        mine = {"text": text, **more}
         with self._lock:
-            self._cause = json.loads(self._store.compare_set(_CAUSE, "", mine))
+            try:
+                self._cause = json.loads(self._store.compare_set(_CAUSE, "", json.dumps(mine)))
+            except RuntimeError:  # the store has gone, and with it everybody who could be told
+                self._cause = self._cause or mine
         return self._cause
 
     def check(self) -> None:

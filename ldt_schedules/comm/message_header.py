@@ -79,10 +79,11 @@ class MessageHeader:
             LdtError: that is no header.
         """
         iteration, tag, form, count, *rest = numbers.tolist()
-        if form not in (_ABSENT, _TENSOR, _TUPLE) or not 0 <= count <= MAX_PARTS:
-            raise LdtError(f"received {numbers[:_FIXED].tolist()} where the header of a message was expected")
-        parts = [_part(rest[i * _PART : (i + 1) * _PART]) for i in range(count)]
-        return cls(iteration, tag, tuple(parts), form)
+        most = {_ABSENT: 0, _TENSOR: 1, _TUPLE: MAX_PARTS}.get(form, -1)
+        rows = [rest[i * _PART : (i + 1) * _PART] for i in range(max(0, min(count, MAX_PARTS)))]
+        if not 0 <= count <= most or (form == _TENSOR and count != 1) or not all(map(_is_part, rows)):
+            raise LdtError(f"received {numbers[:_FIXED].tolist()}… where the header of a message was expected")
+        return cls(iteration, tag, tuple(map(_part, rows)), form)
 
     @property
     def num_bytes(self) -> int:
@@ -140,6 +141,11 @@ def specs_of(content: Any) -> Specs:
     if len(parts) > MAX_PARTS:
         raise LdtError(f"a message has at most {MAX_PARTS} tensors, got {len(parts)}; stack those of one shape")
     return tuple(None if part is None else TensorSpec(tuple(part.shape), part.dtype) for part in parts)
+
+
+def _is_part(numbers: list[int]) -> bool:
+    dtype, dims, *sizes = numbers
+    return dtype == _NO_PART or (0 <= dtype < len(_DTYPES) and 0 <= dims <= MAX_DIMS and min(sizes) >= 0)
 
 
 def _part(numbers: list[int]) -> TensorSpec | None:

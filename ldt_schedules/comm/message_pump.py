@@ -7,6 +7,7 @@ beginning to its end; so a message ends with a mark, and when that is there, wai
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -14,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from ldt_schedules import device
 
 MARK = 0x1D7_5C4ED_01E5
 """The last number of every header and payload."""
@@ -41,6 +44,7 @@ class Pump:
         self._lines: dict[Any, deque[_Expected]] = {}
         self._changed = threading.Condition()
         self._ended = False
+        self._device = device.current_device()
         self._thread = threading.Thread(target=self._run, name="ldt-receives", daemon=True)
         self._thread.start()
 
@@ -62,6 +66,7 @@ class Pump:
         self._lines.clear()
 
     def _run(self) -> None:
+        device.select_device(self._device.index or 0)  # a new thread begins on the first one
         while True:
             with self._changed:
                 while not self._ended and not any(self._lines.values()):
@@ -70,7 +75,7 @@ class Pump:
                     return
                 lines = [line for line in self._lines.values() if line]
             if not any([_advance(line) for line in lines]):
-                threading.Event().wait(_LOOK_S)
+                time.sleep(_LOOK_S)
 
 
 def _advance(line: deque[_Expected]) -> bool:

@@ -74,7 +74,7 @@ class MessageTransport:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         """Close; an error that nobody has told the others of is told."""
-        if error is not None:
+        if error is not None and not (isinstance(error, SystemExit) and not error.code):
             self.abort.declare(f"rank {self.link.global_rank}: {type(error).__name__}: {error}")
         self.close()
 

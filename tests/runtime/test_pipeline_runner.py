@@ -15,7 +15,7 @@ from ldt_schedules.planning.errors import ScheduleError
 from ldt_schedules.planning.formats import grid
 from ldt_schedules.planning.validator import check, validate
 from tests.helpers.workers import WorkerFailure
-from tests.runtime import toy_roots
+from tests.runtime import graphs, toy_roots
 
 OMNI = (Path(__file__).parents[1] / "planning" / "omni_table.txt").read_text()
 RANKS = 6
@@ -125,6 +125,27 @@ def test_another_legal_order(workers):
         wanted_losses, wanted = one_process()
         assert losses == wanted_losses
         assert worst(gradients, wanted) == 0.0
+
+
+@pytest.mark.parametrize("num_ranks", graphs.LAYOUTS)
+def test_any_graph_of_stages(workers, num_ranks):
+    """U, laps, roots, outputs with several readers, several stages on a rank; trained and evaluated, several planners."""
+    (port,), cases = free_ports(1), graphs.cases(num_ranks)
+    by_rank = workers.run(graphs.run_rank, [(rank, num_ranks, port, cases) for rank in range(num_ranks)])
+    assert len(cases) >= 15
+    for number, case in enumerate(cases):
+        wanted_losses, wanted = graphs.one_process(case)
+        found: dict[int, object] = {}
+        for outcomes in by_rank:
+            losses, gradients = outcomes[number]
+            found.update(gradients)
+            assert losses in ([], wanted_losses)
+        assert found.keys() == wanted.keys() and any(outcomes[number][0] for outcomes in by_rank)
+        for stage, reference in wanted.items():
+            if reference is None:
+                assert found[stage] is None, "an evaluation leaves no gradient"
+            else:
+                np.testing.assert_allclose(found[stage], reference, rtol=1e-13, atol=1e-15)
 
 
 def test_a_receive_too_early_stands_still_when_blocking():
