@@ -105,8 +105,10 @@ def misfits(patches: Iterable[Patch]) -> list[str]:
 
 
 def replacement_for(patch: Patch, original: Any) -> Any:
-    """What takes the place of `original`, with its name and docstring."""
+    """What takes the place of `original`, with its name and docstring; a factory may find that nothing need."""
     replacement = _load(patch.factory)(original)
+    if replacement is original:  # this version needs no patch; wrapped in itself it would be a loop
+        return original
     if not hasattr(replacement, "__wrapped__") and inspect.isfunction(replacement) and callable(original):
         functools.update_wrapper(replacement, original)
     return replacement

@@ -20,6 +20,7 @@ from ldt_schedules.comm.ports import free_ports
 from ldt_schedules.errors import ConfigError, LdtError
 from ldt_schedules.planning import ScheduleTable, check
 from ldt_schedules.planning.errors import ScheduleError
+from ldt_schedules.planning.progress import Semantics
 from ldt_schedules.training.launcher import Child, ChildFailed, Stopped, run_all
 
 HERE = Path(__file__).resolve().parent
@@ -86,7 +87,7 @@ def _read(path: Path, blocking: bool) -> ScheduleTable:
     """
     table = read(path)
     try:
-        check(table, blocking=blocking)
+        check(table, semantics=Semantics.BLOCKING if blocking else Semantics.MATCHED)
     except ScheduleError as error:
         raise ScheduleError(f"{path}: {error}") from None
     feeds = tuple(stage.inputs for stage in table.layout.stages)

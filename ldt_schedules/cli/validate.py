@@ -36,11 +36,13 @@ def validate(
     from ldt_schedules.planning import validate as find_violations
     from ldt_schedules.planning.evaluation import evaluate
     from ldt_schedules.planning.formats import problem_json
+    from ldt_schedules.planning.progress import Semantics
     from ldt_schedules.planning.validator import deadlocks_when_blocking
 
     read_table = read(table)
     wanted = None if problem is None else reading(problem, problem_json.loads, "a problem as JSON (ldt-problem/1)")
-    violations = find_violations(read_table, blocking=blocking, problem=wanted)
+    semantics = Semantics.BLOCKING if blocking else Semantics.RENDEZVOUS
+    violations = find_violations(read_table, semantics, wanted)
     stands_still = not violations and deadlocks_when_blocking(read_table)
     worth = None if violations or wanted is None or read_table.forward_only else evaluate("", wanted, read_table.ranks)
     if json_output:

@@ -37,6 +37,7 @@ from ldt_schedules.comm.torch_transport import ProcessTransport
 from ldt_schedules.comm.traffic import Traffic
 from ldt_schedules.errors import LdtError
 from ldt_schedules.planning.channels import Lane
+from ldt_schedules.planning.progress import Semantics
 
 _POLL_S = 0.02
 _GRACE_S = 1.0
@@ -111,6 +112,12 @@ class MessageTransport:
 
         future = self._pump.expect((peer, lane), work, numbers, payload)
         return _Receiving(self, future, lane, f"receiving message {tag} from rank {peer}")
+
+    @property
+    def semantics(self) -> Semantics:
+        """How its messages pass: gloo matches them by tag, a communicator of an accelerator works in order."""
+        by_tag = all(channel.backend == "gloo" for channel in self.link.channels.values())
+        return Semantics.MATCHED if by_tag else Semantics.RENDEZVOUS
 
     def wait_until(self, done: Callable[[], bool], what: str) -> None:
         """Look again and again, and for the cause of an abort meanwhile.

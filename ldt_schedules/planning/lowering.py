@@ -19,7 +19,7 @@ Either way it was not stuck. The same argument shows that the k-th SEND on a lan
 
 Hoisting keeps this. A RECV moved above `prefetch` compute actions of its row is only posted earlier; it never passes
 another RECV nor a SEND of its own lane, so the order on every lane is unchanged and both steps still hold. (Only if
-posting did block, `validate(..., blocking=True)`, a hoisted RECV could wait for what its own rank has yet to compute:
+posting did block, `validate(..., Semantics.BLOCKING)`, a hoisted RECV could wait for what its own rank has yet to compute:
 `prefetch=0` gives a table for that.)
 """
 

@@ -1,12 +1,13 @@
-"""Does a table run to its end? Plays it without times, under one of three assumptions about messages:
+"""Does a table run to its end? Plays it without times, under one of four assumptions about messages, each stricter:
 
     buffered     a SEND leaves its message in a mailbox; a RECV is there to pick it up
-    rendezvous   posting takes no time, but a message passes only once both sides have posted it, and each lane of a rank
-                 works in order, as a communicator does: what was posted first must pass first
+    matched      posting takes no time, but a message passes only once both sides have posted it; gloo, which matches by tag
+    rendezvous   matched, and each lane of a rank works in order, as a communicator of nccl or hccl does: what was posted
+                 first must pass first
     blocking     rendezvous, and a rank also waits for each of its own messages before it goes on
 
 A computation waits for what it takes. If then nobody can go on, nobody ever will, and some ranks wait for each other in
-a circle. Rendezvous is the strictest that the runtime can meet; a transport that buffers, or matches by tag, waits less.
+a circle. What runs under one runs under those before it.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from ldt_schedules.planning.table import ScheduleTable
 
 
 class Semantics(str, Enum):
-    """How messages pass; the three assumptions above."""
+    """How messages pass; the assumptions above, the strictest last."""
 
     BUFFERED = "buffered"
+    MATCHED = "matched"
     RENDEZVOUS = "rendezvous"
     BLOCKING = "blocking"
 
@@ -103,6 +105,7 @@ class _Play:
     def __init__(self, table: ScheduleTable, semantics: Semantics, numbers: Numbering, families: Families) -> None:
         self.rows, self.numbers = table.ranks, numbers
         self.buffered, self.blocking = semantics is Semantics.BUFFERED, semantics is Semantics.BLOCKING
+        self.matched, self.posted_once = semantics is Semantics.MATCHED, set[int]()
         self.families = families
         self.position = [0] * len(self.rows)
         self.waits = [-1] * len(self.rows)
@@ -152,6 +155,12 @@ class _Play:
             if sends:
                 for base in bases:
                     self._arrive(base + first, port)
+            return True
+        if self.matched:
+            for message in (base + first for base in bases):
+                if message in self.posted_once:
+                    self._arrive(message, port)
+                self.posted_once.add(message)
             return True
         last = bases[-1] + first
         if self.blocking and self.waits[rank] == last:

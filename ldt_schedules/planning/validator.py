@@ -19,6 +19,7 @@ order, does anybody wait for ever (`progress`), and does every rank stay within 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -37,11 +38,17 @@ from ldt_schedules.planning.violation import Violation, violation_at
 
 _SHOWN_AT_ONCE = 20
 _GAPS_NAMED = 5
+_WHEN = {
+    Semantics.BUFFERED: "even if messages are buffered",
+    Semantics.MATCHED: "when a message needs both sides",
+    Semantics.RENDEZVOUS: "when each lane of a rank works in order",
+    Semantics.BLOCKING: "when every SEND and RECV holds up its rank",
+}
 
 
-def check(table: ScheduleTable, problem: Problem | None = None, blocking: bool = False) -> None:
+def check(table: ScheduleTable, problem: Problem | None = None, semantics: Semantics = Semantics.RENDEZVOUS) -> None:
     """Raises ScheduleError, with every violation, when the table is not valid. Arguments as of `validate`."""
-    violations = validate(table, blocking, problem)
+    violations = validate(table, semantics, problem)
     if violations:
         shown = "\n".join(violation.render() for violation in violations[:_SHOWN_AT_ONCE])
         more = len(violations) - _SHOWN_AT_ONCE
@@ -49,12 +56,14 @@ def check(table: ScheduleTable, problem: Problem | None = None, blocking: bool =
         raise ScheduleError(f"{count}\n{shown}" + (f"\n… and {more} more" if more > 0 else ""))
 
 
-def validate(table: ScheduleTable, blocking: bool = False, problem: Problem | None = None) -> list[Violation]:
+def validate(
+    table: ScheduleTable, semantics: Semantics = Semantics.RENDEZVOUS, problem: Problem | None = None
+) -> list[Violation]:
     """Every violation, in the order of ranks and rows; an empty list for a valid table.
 
     Args:
-        blocking: also demand that nobody waits for ever when each SEND and RECV holds up its rank until it is done. The
-            runtime posts them and goes on, so this is stricter than needed.
+        semantics: how messages pass (`progress`). The default is the strictest that the runtime can meet on any backend;
+            with `BLOCKING` nobody may wait for ever although each SEND and RECV holds up its rank.
         problem: what the table is for; then its memory caps hold too.
 
     Raises:
@@ -63,7 +72,7 @@ def validate(table: ScheduleTable, blocking: bool = False, problem: Problem | No
     if problem is not None:
         _require_same_work(table, problem)
     with many_objects():
-        return _Validation(table, problem).run(blocking)
+        return _Validation(table, problem).run(semantics)
 
 
 def _require_same_work(table: ScheduleTable, problem: Problem) -> None:
@@ -113,7 +122,7 @@ class _Validation:
         self.received: dict[tuple[int, int], list[int]] = defaultdict(list)
         self.places: dict[tuple[int, int], list[int]] = defaultdict(list)
 
-    def run(self, blocking: bool) -> list[Violation]:
+    def run(self, semantics: Semantics) -> list[Violation]:
         for rank in range(len(self.table.ranks)):
             self._read(rank)
         self._taken_after_made()
@@ -121,7 +130,7 @@ class _Validation:
         self._complete()
         self._lanes_in_order()
         if not self.found:
-            self._nobody_waits_for_ever(blocking)
+            self._nobody_waits_for_ever(semantics)
             self._within_memory()
         return sorted(self.found, key=lambda violation: (violation.rank, violation.index))
 
@@ -252,22 +261,23 @@ class _Validation:
                     )
                     break
 
-    def _nobody_waits_for_ever(self, blocking: bool) -> None:
-        stuck = waiting_forever(self.table, Semantics.RENDEZVOUS, self.numbers, self.families)
-        how = runs = ""
-        if stuck and waiting_forever(self.table, Semantics.BUFFERED, self.numbers, self.families):
-            how = " (even if messages are buffered)"
-            runs = "; it runs under none of buffered, rendezvous and blocking messages"
-        elif stuck:
-            how = " (when a message needs both sides)"
-            runs = "; it runs if messages are buffered, not under rendezvous or blocking"
-        elif blocking:
-            stuck = waiting_forever(self.table, Semantics.BLOCKING, self.numbers, self.families)
-            how = " (when every SEND and RECV holds up its rank)"
-            runs = "; it runs under rendezvous and buffered, where a RECV is posted early and waited for at its use"
-        round_trip = self._describe(circle(stuck))
+    def _nobody_waits_for_ever(self, semantics: Semantics) -> None:
+        stuck = self._stuck_under(semantics)
+        if not stuck:
+            return
+        weaker = list(Semantics)[: list(Semantics).index(semantics)]
+        runs = [one for one in weaker if not self._stuck_under(one)]
+        first = list(Semantics)[len(runs)]
+        stuck = self._stuck_under(first)
+        told = self._describe(circle(stuck)) + "; it runs under "
+        told += (
+            f"{_listed(runs)} messages, not under {first.value}" if runs else f"none of {_listed(Semantics)} messages"
+        )
         for one in stuck:
-            self._report("deadlock", one.rank, one.index, one.why + how + round_trip + runs)
+            self._report("deadlock", one.rank, one.index, f"{one.why} ({_WHEN[first]}){told}")
+
+    def _stuck_under(self, semantics: Semantics) -> list[Stuck]:
+        return waiting_forever(self.table, semantics, self.numbers, self.families)
 
     def _describe(self, ranks: list[Stuck]) -> str:
         if not ranks:
@@ -293,3 +303,9 @@ class _Validation:
 def deadlocks_when_blocking(table: ScheduleTable) -> bool:
     """Would a valid table stand still if every SEND and RECV held up its rank?"""
     return bool(waiting_forever(table, Semantics.BLOCKING))
+
+
+def _listed(semantics: Iterable[Semantics]) -> str:
+    """`buffered, matched and rendezvous`."""
+    *rest, last = (one.value for one in semantics)
+    return f"{', '.join(rest)} and {last}" if rest else last

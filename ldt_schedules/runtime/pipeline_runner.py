@@ -30,6 +30,7 @@ from ldt_schedules.errors import ConfigError, LdtError
 from ldt_schedules.planning.dependencies import Value, What
 from ldt_schedules.planning.errors import ScheduleError
 from ldt_schedules.planning.formats import grid, table_hash
+from ldt_schedules.planning.progress import Semantics
 from ldt_schedules.planning.table import ScheduleTable
 from ldt_schedules.planning.validator import check
 from ldt_schedules.runtime.executor import ActionError, Executor, check_executable
@@ -85,7 +86,7 @@ class PipelineRunner:
             for number, stage in stages.items()
         }
         try:
-            check(table, blocking=blocking)
+            check(table, semantics=Semantics.BLOCKING if blocking else transport.semantics)
             check_executable(table, packing=True)
             self._check_arguments()
             self._agree()

@@ -23,6 +23,7 @@ from examples.omni import packing, pipeline, samples, thinker
 from ldt_schedules.comm.ports import free_ports
 from ldt_schedules.errors import LdtError
 from ldt_schedules.planning import Kind, read_table, validate
+from ldt_schedules.planning.progress import Semantics
 from tests.examples.omni_ranks import Case, Outcome, run_rank
 from tests.helpers.workers import Workers
 
@@ -83,7 +84,7 @@ def test_the_tables() -> None:
     read = {name: read_table((OMNI / name).read_text(encoding="utf-8")) for name in TABLES}
     published, packed, one_f_one_b = read.values()
     for table in read.values():
-        assert validate(table) == validate(table, blocking=True) == []
+        assert validate(table) == validate(table, Semantics.BLOCKING) == []
         assert table.layout.same_work(published.layout)
     for rank in range(3):
         computed = [action.microbatches for action in packed.ranks[rank] if action.kind.is_compute]

@@ -26,6 +26,7 @@ from ldt_schedules.planning.planners.exact import exact
 from ldt_schedules.planning.planners.improvement import Search
 from ldt_schedules.planning.planners.published import published
 from ldt_schedules.planning.problem import Problem
+from ldt_schedules.planning.progress import Semantics
 from tests.planning.random_problems import random_costs, random_layout, same, with_domain_of
 
 MANY = os.environ.get("LDT_MANY") == "1"
@@ -141,9 +142,9 @@ def test_tables_of_random_problems_with_and_without_prefetch_and_backwards(seed,
             lower(problem.layout, problem.num_microbatches, order, False, ahead, timeline) for ahead in (prefetch, 0)
         )
         assert validate(early) == []
-        assert validate(late, blocking=True) == []
+        assert validate(late, Semantics.BLOCKING) == []
         evaluation = table_of(order, problem, forward_only=True)
-        assert validate(evaluation, blocking=False) == []
+        assert validate(evaluation) == []
         assert evaluation.compute_order() == tuple(tuple(a for a in row if a.kind is Kind.F) for row in order)
 
 

@@ -22,6 +22,7 @@ from ldt_schedules.planning import (
 )
 from ldt_schedules.planning.formats import grid
 from ldt_schedules.planning.problem import Problem
+from ldt_schedules.planning.progress import Semantics
 
 OMNI_FILE = pathlib.Path(__file__).parent / "omni_table.txt"
 OMNI_TEXT = OMNI_FILE.read_text(encoding="utf-8")
@@ -44,7 +45,7 @@ def test_the_published_table():
     assert [stage.label for stage in layout.stages] == [stage.label for stage in ROOTS.stages]
     assert [stage.name for stage in layout.stages][:4] == ["stage0_rank0", "stage0_rank1", "stage0_rank2", "stage1"]
     assert [len(row) for row in OMNI.ranks] == [16, 16, 16, 40, 24, 16]
-    assert validate(OMNI) == validate(OMNI, blocking=True) == []
+    assert validate(OMNI) == validate(OMNI, Semantics.BLOCKING) == []
     assert validate(OMNI, problem=Problem(ROOTS, 4)) == []
     assert simulate(layout, OMNI.ranks, Costs(forward=1, backward=2)).makespan == 21
 
@@ -289,13 +290,14 @@ def with_early_receive():
     return ScheduleTable.from_rows(OMNI.layout, 4, rows)
 
 
-@pytest.mark.parametrize("blocking", [False, True])
-def test_a_deadlock_says_who_waits_and_what_would_run(blocking):
-    found = validate(with_early_receive(), blocking=blocking)
+@pytest.mark.parametrize("semantics", [Semantics.RENDEZVOUS, Semantics.BLOCKING])
+def test_a_deadlock_says_who_waits_and_what_would_run(semantics):
+    found = validate(with_early_receive(), semantics)
     assert {violation.check for violation in found} == {"deadlock"} and len(found) == 6
     for violation in found:
         assert "the circle: rank 4 at F s4 m3 waits for rank 5 at F s5 m3 waits for rank 4" in violation.message
-        assert violation.message.endswith("; it runs if messages are buffered, not under rendezvous or blocking")
+        assert violation.message.endswith("; it runs under buffered and matched messages, not under rendezvous")
+        assert "(when each lane of a rank works in order)" in violation.message
     marked = next(line for line in found[4].context if line.startswith(">"))
     assert marked.split() == [">", "11", "F", "s4", "m3", "=", "2,4,F,3,"]
 

@@ -25,7 +25,7 @@ from ldt_schedules.planning.formats import grid
 from ldt_schedules.planning.lowering import lower
 from ldt_schedules.planning.planners.ldt_1f1b import turnarounds
 from ldt_schedules.planning.problem import Problem
-from ldt_schedules.planning.progress import waiting_forever
+from ldt_schedules.planning.progress import Semantics, waiting_forever
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 SMALL = [(p, m) for p in range(2, 7) for m in range(1, 11)]
@@ -79,7 +79,7 @@ def test_without_prefetch_even_blocking_communication_gets_through(name):
     for ranks, microbatches in SMALL:
         layout = layout_for(name, ranks)
         table = lower(layout, microbatches, order_for(name, layout, microbatches), prefetch=0)
-        assert validate(table, blocking=True) == [], (ranks, microbatches)
+        assert validate(table, Semantics.BLOCKING) == [], (ranks, microbatches)
 
 
 def test_a_prefetched_receive_is_posted_one_computation_earlier():

@@ -183,7 +183,7 @@ def test_a_circle_is_told_with_its_ranks_and_actions():
             violation.message
         )
         assert "(even if messages are buffered)" in violation.message
-        assert violation.message.endswith("; it runs under none of buffered, rendezvous and blocking messages")
+        assert violation.message.endswith("; it runs under none of buffered, matched, rendezvous and blocking messages")
     assert {(violation.rank, violation.action) for violation in found} == {(0, "F s2 m0"), (1, "F s1 m1")}
     assert [one.rank for one in circle(waiting_forever(broken))] == [0, 1]
 
@@ -207,10 +207,10 @@ def test_the_three_assumptions_have_their_own_words():
         "F s1 m0, SEND_F s1 m0 ->0, RECV_F s2 m0 <-0, F s2 m0",
     )
     assert validate(crossing) == []
-    found = only(validate(crossing, blocking=True), "deadlock")
+    found = only(validate(crossing, Semantics.BLOCKING), "deadlock")
     assert all("(when every SEND and RECV holds up its rank)" in violation.message for violation in found)
     assert all("rank 0 at SEND_F s0 m0 ->1 waits for rank 1 at SEND_F s1 m0 ->0" in v.message for v in found)
-    runs = "; it runs under rendezvous and buffered, where a RECV is posted early and waited for at its use"
+    runs = "; it runs under buffered, matched and rendezvous messages, not under blocking"
     assert all(violation.message.endswith(runs) for violation in found)
     assert waiting_forever(crossing, Semantics.BUFFERED) == []
 
@@ -238,8 +238,8 @@ def test_a_lane_that_stands_still_only_without_mailboxes():
         forward_only=True,
     )
     found = only(validate(table), "deadlock")
-    assert all("(when a message needs both sides)" in violation.message for violation in found)
-    assert all("it runs if messages are buffered, not under rendezvous" in violation.message for violation in found)
+    assert all("(when each lane of a rank works in order)" in violation.message for violation in found)
+    assert all("it runs under buffered and matched messages, not under rendezvous" in violation.message for violation in found)
     assert waiting_forever(table, Semantics.BUFFERED) == []
     assert len(waiting_forever(table, Semantics.RENDEZVOUS)) >= 2
     assert [one.rank for one in circle(waiting_forever(table))] == [0, 2, 4]

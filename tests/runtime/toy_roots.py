@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ldt_schedules.errors import LdtError
+from ldt_schedules.planning.errors import ScheduleError
 from ldt_schedules.planning.formats import grid
 from ldt_schedules.runtime import PipelineRunner, connect_ranks
 from ldt_schedules.runtime.module_stages import ModuleStages
@@ -127,7 +128,7 @@ def told_by_rank(rank: int, num_ranks: int, port: int, text: str, options: dict[
     """What a rank says when it stops, and when (seconds, on the clock of this machine)."""
     try:
         run_rank(rank, num_ranks, port, text, options)
-    except LdtError as error:
+    except (LdtError, ScheduleError) as error:
         return str(error), time.monotonic()
     return "went well", time.monotonic()
 
