@@ -1,4 +1,4 @@
-"""The thread that looks after receives: whose header is there, whose payload.
+"""Looks after receives: whose header is there, whose payload. A thread does so while the stages compute, and whoever waits.
 
 It never waits inside a backend. gloo cannot be asked whether a receive is complete, but it writes a message from its
 beginning to its end; so a message ends with a mark, and when that is there, waiting for it takes no time.
@@ -21,7 +21,7 @@ from ldt_schedules import device
 MARK = 0x1D7_5C4ED_01E5
 """The last number of every header and payload."""
 
-_LOOK_S = 0.001
+_LOOK_S = 0.002
 
 Payload = Callable[[], "tuple[Any, torch.Tensor, Callable[[], Any]]"]
 """Asked when a header is there: the posted receive of the payload (None: there is none), its buffer, and what makes the
@@ -43,6 +43,7 @@ class Pump:
     def __init__(self) -> None:
         self._lines: dict[Any, deque[_Expected]] = {}
         self._changed = threading.Condition()
+        self._looking = threading.Lock()
         self._ended = False
         self._device = device.current_device()
         self._thread = threading.Thread(target=self._run, name="ldt-receives", daemon=True)
@@ -55,6 +56,13 @@ class Pump:
             self._lines.setdefault(key, deque()).append(one)
             self._changed.notify()
         return one.future
+
+    def look(self) -> bool:
+        """Take every line further as far as it goes now; did any go on?"""
+        with self._looking:
+            with self._changed:
+                lines = [line for line in self._lines.values() if line]
+            return any([_advance(line) for line in lines])
 
     def end(self) -> None:
         """Stop looking; receives that are not there yet never come."""
@@ -73,8 +81,7 @@ class Pump:
                     self._changed.wait()
                 if self._ended:
                     return
-                lines = [line for line in self._lines.values() if line]
-            if not any([_advance(line) for line in lines]):
+            if not self.look():
                 time.sleep(_LOOK_S)
 
 

@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -39,7 +38,8 @@ from ldt_schedules.errors import LdtError
 from ldt_schedules.planning.channels import Lane
 from ldt_schedules.planning.progress import Semantics
 
-_POLL_S = 0.02
+_SOON_S, _LATER_S = 0.0001, 0.002
+"""How often one who waits looks: often at first, then seldom, for others may need the core."""
 _GRACE_S = 1.0
 
 Expected = Callable[[], "Specs | None"]
@@ -55,6 +55,7 @@ class MessageTransport:
     Attributes:
         abort: where a failure anywhere is seen.
         iteration: of the step that runs; part of every header.
+        pump: looks after the receives.
     """
 
     link: Link
@@ -63,7 +64,7 @@ class MessageTransport:
     traffic: Traffic = field(default_factory=Traffic)
 
     def __post_init__(self) -> None:
-        self._pump = Pump()
+        self.pump = Pump()
         self._meetings = 0
         self._closed = False
         self._processes = ProcessTransport(self.link)
@@ -110,7 +111,7 @@ class MessageTransport:
             posted = self._processes.post_recv(buffer, peer, lane=lane, tag=tag, what=what)
             return posted, buffer, lambda: unpacked(buffer, header)
 
-        future = self._pump.expect((peer, lane), work, numbers, payload)
+        future = self.pump.expect((peer, lane), work, numbers, payload)
         return _Receiving(self, future, lane, f"receiving message {tag} from rank {peer}")
 
     @property
@@ -127,15 +128,17 @@ class MessageTransport:
             LdtError: it took longer than the link's deadline.
         """
         deadline = time.monotonic() + self.link.timeout_s
+        pause = _SOON_S
         while not done():
             self.abort.check()
             if time.monotonic() > deadline:
                 raise LdtError(f"waited {self.link.timeout_s:g} s for {what}")
-            time.sleep(_POLL_S / 10)
+            time.sleep(pause)
+            pause = min(1.3 * pause, _LATER_S)
 
     def fetch(self, key: str, what: str) -> dict[str, Any]:
         """A message that another rank leaves with `link.publish`. Raises as `wait_until` does."""
-        self.wait_until(lambda: self.link.store.check([key]), what)
+        self.wait_until(lambda: bool(self.link.store.check([key])), what)
         return self.link.fetch(key, what)
 
     def wait_for_all(self) -> None:
@@ -156,7 +159,7 @@ class MessageTransport:
             return
         self._closed = True
         atexit.unregister(self._at_exit)
-        self._pump.end()
+        self.pump.end()
         self.link.close()
         self.abort.close()
 
@@ -191,21 +194,22 @@ class _Receiving:
     what: str
 
     def wait(self) -> Any:
-        deadline = time.monotonic() + self.transport.link.timeout_s
-        while True:
-            try:
-                content = self.future.result(timeout=_POLL_S)
-            except FutureTimeout:
-                self.transport.abort.check()
-                if time.monotonic() > deadline:
-                    raise LdtError(f"{self.what} took longer than {self.transport.link.timeout_s:g} s") from None
-            except LdtError:
-                raise
-            except Exception as error:
-                raise self.transport.consequence(self.what, error) from error
-            else:
-                device.wait_for_stream(self.transport.link.channels[self.lane].stream)
-                return content
+        self.transport.wait_until(self._is_there, self.what)
+        try:
+            content = self.future.result()
+        except LdtError:
+            raise
+        except Exception as error:
+            raise self.transport.consequence(self.what, error) from error
+        device.wait_for_stream(self.transport.link.channels[self.lane].stream)
+        return content
+
+    def _is_there(self) -> bool:
+        """Who waits looks himself, and sooner than the thread."""
+        while not self.future.done():
+            if not self.transport.pump.look():
+                return self.future.done()
+        return True
 
 
 @dataclass

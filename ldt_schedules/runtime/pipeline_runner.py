@@ -198,7 +198,7 @@ class PipelineRunner:
             rank, index = (error.rank, error.index) if isinstance(error, ActionError) else (self.rank, -1)
             cause = self.transport.abort.declare(self._told(rank, index, error), rank=rank, index=index)
         ours = cause.get("rank") == self.rank
-        text = cause["text"] if ours else f"rank {self.rank} stopped because {cause['text']}"
+        text = f"rank {self.rank} stopped because {cause['text']}"
         if cause.get("index", -1) >= 0:
             text += "\n" + grid.excerpt(self.table, cause["rank"], cause["index"])
         return (ConfigError if isinstance(error, ConfigError) and ours else LdtError)(text)

@@ -239,7 +239,9 @@ def test_a_lane_that_stands_still_only_without_mailboxes():
     )
     found = only(validate(table), "deadlock")
     assert all("(when each lane of a rank works in order)" in violation.message for violation in found)
-    assert all("it runs under buffered and matched messages, not under rendezvous" in violation.message for violation in found)
+    assert all(
+        "it runs under buffered and matched messages, not under rendezvous" in violation.message for violation in found
+    )
     assert waiting_forever(table, Semantics.BUFFERED) == []
     assert len(waiting_forever(table, Semantics.RENDEZVOUS)) >= 2
     assert [one.rank for one in circle(waiting_forever(table))] == [0, 2, 4]

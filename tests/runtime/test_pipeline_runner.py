@@ -191,8 +191,10 @@ def test_a_failure_on_any_rank_stops_all_and_is_told_by_all(workers, rank, block
     cell = grid.cell(table, rank, index)
     first = min(failed_at for _, failed_at in results)
     for other, (message, failed_at) in enumerate(results):
-        because = "" if other == rank else f"rank {other} stopped because "
-        assert message.startswith(f"{because}rank {rank}, step {index}, action `{cell}`: ValueError: planted mistake\n")
+        because = (
+            f"rank {other} stopped because rank {rank}, step {index}, action `{cell}`: ValueError: planted mistake\n"
+        )
+        assert message.startswith(because)
         assert f">{cell}<" in message and "Rank 0" in message
         assert failed_at - first < 2.0, f"rank {other} took {failed_at - first:.1f} s"
 
