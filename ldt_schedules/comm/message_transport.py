@@ -38,8 +38,8 @@ from ldt_schedules.errors import LdtError
 from ldt_schedules.planning.channels import Lane
 from ldt_schedules.planning.progress import Semantics
 
-_SOON_S, _LATER_S = 0.0001, 0.002
-"""How often one who waits looks: often at first, then seldom, for others may need the core."""
+_SOONEST_S, _LATEST_S, _SHARE = 0.0002, 0.005, 0.1
+"""How long one who waits does not look: a tenth of what he has waited, within limits. Others may need the core."""
 _GRACE_S = 1.0
 
 Expected = Callable[[], "Specs | None"]
@@ -127,14 +127,13 @@ class MessageTransport:
             Aborted: somebody has failed.
             LdtError: it took longer than the link's deadline.
         """
-        deadline = time.monotonic() + self.link.timeout_s
-        pause = _SOON_S
+        begin = time.monotonic()
         while not done():
             self.abort.check()
-            if time.monotonic() > deadline:
+            waited = time.monotonic() - begin
+            if waited > self.link.timeout_s:
                 raise LdtError(f"waited {self.link.timeout_s:g} s for {what}")
-            time.sleep(pause)
-            pause = min(1.3 * pause, _LATER_S)
+            time.sleep(min(max(_SHARE * waited, _SOONEST_S), _LATEST_S))
 
     def fetch(self, key: str, what: str) -> dict[str, Any]:
         """A message that another rank leaves with `link.publish`. Raises as `wait_until` does."""

@@ -8,6 +8,7 @@ until complete. Which values an action takes and makes is asked of `planning.dep
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -110,7 +111,7 @@ class Executor:
     def __post_init__(self) -> None:
         self._flow = Dataflow(self.table.layout, self.table.forward_only)
         self._buffers = Buffers()
-        self._sending: list[SendHandle] = []
+        self._sending: deque[SendHandle] = deque()
         self._handlers: dict[Kind, Callable[[Action], None]] = {
             Kind.F: self._forward,
             Kind.B: self._backward,
@@ -133,7 +134,8 @@ class Executor:
                     self._handlers[action.kind](action)
                 except Exception as error:
                     raise ActionError(self.rank, index, action, error) from error
-                self._sending = [handle for handle in self._sending if not handle.is_complete()]
+                while self._sending and self._sending[0].is_complete():
+                    self._sending.popleft()
             with self.recorder.waiting():
                 for handle in self._sending:
                     handle.wait()
