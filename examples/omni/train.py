@@ -148,12 +148,7 @@ def _be_a_rank(
 
 def _began_here(error: BaseException) -> bool:
     """Is this the rank where it began, and not one that was stopped because of another?"""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, Aborted):
-            return False
-        cause = cause.__cause__
-    return True
+    return Aborted.behind(error) is None
 
 
 @contextmanager

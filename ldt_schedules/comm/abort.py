@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ldt_schedules.errors import LdtError
@@ -25,6 +26,15 @@ _GONE = -(10**9)
 """What a process that leaves adds to its number."""
 
 
+@dataclass(frozen=True)
+class Cause:
+    """What a process declares when it fails: why, and where in the table if it was there."""
+
+    text: str
+    rank: int | None = None
+    index: int | None = None
+
+
 class Aborted(LdtError):
     """Another process has failed.
 
@@ -32,9 +42,16 @@ class Aborted(LdtError):
         cause: what it declared.
     """
 
-    def __init__(self, cause: dict[str, Any]) -> None:
-        super().__init__(f"stopped because {cause['text']}")
+    def __init__(self, cause: Cause) -> None:
+        super().__init__(f"stopped because {cause.text}")
         self.cause = cause
+
+    @staticmethod
+    def behind(error: BaseException | None) -> Aborted | None:
+        """The abort that an error comes from; None: it is a beginning."""
+        while error is not None and not isinstance(error, Aborted):
+            error = error.__cause__
+        return error
 
 
 class Abort:
@@ -61,17 +78,16 @@ class Abort:
         self._serves, self._timeout_s, self._silence_s = serves, timeout_s, silence_s
         self._heard: dict[int, tuple[int, float]] = {}
         self._next_beat = 0.0
-        self._cause: dict[str, Any] | None = None
+        self._cause: Cause | None = None
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="ldt-abort", daemon=True)
         self._thread.start()
 
-    def declare(self, text: str, **more: Any) -> dict[str, Any]:
-        """Stop everybody because of `text`; returns the cause, which is another's where another was first."""
-        mine = {"text": text, **more}
+    def declare(self, mine: Cause) -> Cause:
+        """Stop everybody; returns the cause, which is another's where another was first."""
         with self._lock:
             try:
-                self._cause = json.loads(self._store.compare_set(_CAUSE, "", json.dumps(mine)))
+                self._cause = Cause(**json.loads(self._store.compare_set(_CAUSE, "", json.dumps(asdict(mine)))))
             except RuntimeError:  # the store has gone, and with it everybody who could be told
                 self._cause = self._cause or mine
         return self._cause
@@ -85,7 +101,7 @@ class Abort:
         if self._cause is not None:
             raise Aborted(self._cause)
 
-    def wait_for_cause(self, seconds: float) -> dict[str, Any] | None:
+    def wait_for_cause(self, seconds: float) -> Cause | None:
         """The cause, if somebody declares one within so many seconds: a lost connection is seldom the beginning."""
         deadline = time.monotonic() + seconds
         while self._cause is None and time.monotonic() < deadline:
@@ -113,14 +129,15 @@ class Abort:
             try:
                 with self._lock:
                     if self._cause is None and self._store.check([_CAUSE]):
-                        self._cause = json.loads(self._store.get(_CAUSE))
+                        self._cause = Cause(**json.loads(self._store.get(_CAUSE)))
                     silent = self._silent()
             except RuntimeError:
                 if self._cause is None and not self._stop.is_set():
-                    self._cause = {"text": "the process that serves the link's store has gone"}
+                    self._cause = Cause("the process that serves the link's store has gone")
                 return
             if silent:
-                self.declare(f"nothing has been heard of rank {silent[0]} for {self._silence_s:g} s: killed, or frozen")
+                text = f"nothing has been heard of rank {silent[0]} for {self._silence_s:g} s: killed, or frozen"
+                self.declare(Cause(text, silent[0]))
 
     def _silent(self) -> list[int]:
         """Be heard, and listen: the ranks whose number has stood still for too long."""

@@ -3,7 +3,7 @@
 A receiver reads it before it makes room for the payload. So a message that is not the expected one is an error with both
 sides' words in it; over bare gloo a payload of another size ends the process (`op.preamble.length <= op.nbytes`).
 
-    [iteration, tag, form, parts,  dtype, dims, size 0 .. size 7,  dtype, dims, ...]      int64, always of one length
+    [iteration, tag, form, parts,  dtype, dims, size 0 .. size 7,  dtype, dims, ... , mark]      int64, always of one length
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ldt_schedules.comm.message_mark import put_mark
 from ldt_schedules.comm.transport import TensorSpec
 from ldt_schedules.errors import LdtError
 
@@ -20,7 +21,7 @@ MAX_PARTS = 16
 MAX_DIMS = 8
 _PART = 2 + MAX_DIMS
 _FIXED = 4
-LENGTH = _FIXED + MAX_PARTS * _PART
+_LENGTH = _FIXED + MAX_PARTS * _PART
 
 _ABSENT, _TENSOR, _TUPLE = range(3)
 _NO_PART = -1
@@ -61,7 +62,7 @@ class MessageHeader:
         return cls(iteration, tag, specs_of(content), form)
 
     def encoded(self) -> torch.Tensor:
-        """`[LENGTH]` int64 on the CPU."""
+        """As bytes, `[n]` uint8 on the CPU, the mark at their end."""
         numbers = [self.iteration, self.tag, self.form, len(self.parts)]
         for part in self.parts:
             if part is None:
@@ -69,21 +70,29 @@ class MessageHeader:
             else:
                 padding = [0] * (MAX_DIMS - len(part.shape))
                 numbers += [_DTYPES.index(part.dtype), len(part.shape), *part.shape, *padding]
-        return torch.tensor(numbers + [0] * (LENGTH - len(numbers)), dtype=torch.int64)
+        message = torch.tensor(numbers + [0] * (_LENGTH + 1 - len(numbers)), dtype=torch.int64).view(torch.uint8)
+        put_mark(message)
+        return message
 
     @classmethod
-    def decoded(cls, numbers: torch.Tensor) -> MessageHeader:
+    def decoded(cls, message: torch.Tensor) -> MessageHeader:
         """From what `encoded` gave.
 
         Raises:
             LdtError: that is no header.
         """
+        numbers = message.view(torch.int64)[:_LENGTH]
         iteration, tag, form, count, *rest = numbers.tolist()
         most = {_ABSENT: 0, _TENSOR: 1, _TUPLE: MAX_PARTS}.get(form, -1)
         rows = [rest[i * _PART : (i + 1) * _PART] for i in range(max(0, min(count, MAX_PARTS)))]
         if not 0 <= count <= most or (form == _TENSOR and count != 1) or not all(map(_is_part, rows)):
             raise LdtError(f"received {numbers[:_FIXED].tolist()}… where the header of a message was expected")
         return cls(iteration, tag, tuple(map(_part, rows)), form)
+
+    @staticmethod
+    def room() -> torch.Tensor:
+        """For a header that is to come, without its mark."""
+        return torch.zeros((_LENGTH + 1) * 8, dtype=torch.uint8)
 
     @property
     def num_bytes(self) -> int:

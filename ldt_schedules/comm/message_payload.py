@@ -11,32 +11,31 @@ import torch
 
 from ldt_schedules import device
 from ldt_schedules.comm.message_header import MessageHeader, Specs
-from ldt_schedules.comm.message_pump import MARK
+from ldt_schedules.comm.message_mark import MARK_BYTES, clear_mark, put_mark
 from ldt_schedules.comm.torch_transport import ProcessTransport
 from ldt_schedules.comm.transport import TensorSpec
 from ldt_schedules.planning.channels import Lane
 
 _ALIGNMENT = 16
-_MARK_BYTES = 8
 
 
 def packed(content: Any, header: MessageHeader) -> torch.Tensor:
     """The payload of a content with a tensor in it."""
     starts, length = _places(header.parts)
-    payload = torch.zeros(length + _MARK_BYTES, dtype=torch.uint8, device=device.current_device())
+    payload = torch.zeros(length + MARK_BYTES, dtype=torch.uint8, device=device.current_device())
     for part, start in zip(header.tensors_of(content), starts, strict=True):
         if part is not None:
             flat = part.detach().contiguous().view(-1).view(torch.uint8)
             payload[start : start + flat.numel()] = flat
-    payload[length:].view(torch.int64).fill_(MARK)
+    put_mark(payload)
     return payload
 
 
 def room_for(header: MessageHeader, processes: ProcessTransport, lane: Lane) -> torch.Tensor:
     """A buffer for the payload, without the mark."""
     _, length = _places(header.parts)
-    buffer = processes.buffer(TensorSpec((length + _MARK_BYTES,), torch.uint8), lane)
-    buffer[length:].zero_()
+    buffer = processes.buffer(TensorSpec((length + MARK_BYTES,), torch.uint8), lane)
+    clear_mark(buffer)
     return buffer
 
 

@@ -1,7 +1,6 @@
 """Looks after receives: whose header is there, whose payload. A thread does so while the stages compute, and whoever waits.
 
-It never waits inside a backend. gloo cannot be asked whether a receive is complete, but it writes a message from its
-beginning to its end; so a message ends with a mark, and when that is there, waiting for it takes no time.
+It never waits inside a backend: a message that is marked (`message_mark`) is there, and waiting for it takes no time.
 """
 
 from __future__ import annotations
@@ -18,9 +17,7 @@ import numpy as np
 import torch
 
 from ldt_schedules import device
-
-MARK = 0x1D7_5C4ED_01E5
-"""The last number of every header and payload."""
+from ldt_schedules.comm.message_mark import is_marked, view_of_mark
 
 _LOOK_S = 0.003
 
@@ -53,7 +50,7 @@ class Pump:
 
     def expect(self, key: Any, work: Any, header: torch.Tensor, payload: Payload) -> Future[Any]:
         """A receive whose header has been posted, into `header`; the future is of its content."""
-        one = _Expected(work, _mark_of(header), payload)
+        one = _Expected(work, view_of_mark(header), payload)
         with self._changed:
             self._lines.setdefault(key, deque()).append(one)
             self._changed.notify()
@@ -101,7 +98,7 @@ def _advance(line: deque[_Expected]) -> bool:
             one.work.wait()
         if one.content is None:
             one.work, buffer, one.content = one.payload()
-            one.mark = _mark_of(buffer)
+            one.mark = view_of_mark(buffer)
             return True
         result = one.content()
     except BaseException as error:
@@ -115,12 +112,4 @@ def _advance(line: deque[_Expected]) -> bool:
 def _is_there(one: _Expected) -> bool:
     if one.work is None or one.mark is None:
         return one.work is None or bool(one.work.is_complete())
-    return bool(one.mark[-1] == MARK)
-
-
-def _mark_of(buffer: torch.Tensor) -> np.ndarray | None:
-    """The end of a buffer as one number, seen through numpy, which takes a tenth of the time; None on an accelerator."""
-    if buffer.device.type != "cpu":
-        return None
-    last: np.ndarray = buffer.view(torch.uint8)[-8:].view(torch.int64).numpy()
-    return last
+    return is_marked(one.mark)

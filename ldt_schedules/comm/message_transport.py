@@ -27,11 +27,11 @@ from typing import Any
 import torch
 
 from ldt_schedules import device
-from ldt_schedules.comm.abort import Abort, Aborted
+from ldt_schedules.comm.abort import Abort, Aborted, Cause
 from ldt_schedules.comm.link import Link
-from ldt_schedules.comm.message_header import LENGTH, MessageHeader, Specs
+from ldt_schedules.comm.message_header import MessageHeader, Specs
 from ldt_schedules.comm.message_payload import packed, room_for, unpacked
-from ldt_schedules.comm.message_pump import MARK, Pump
+from ldt_schedules.comm.message_pump import Pump
 from ldt_schedules.comm.torch_transport import ProcessTransport
 from ldt_schedules.comm.traffic import Traffic
 from ldt_schedules.errors import LdtError
@@ -77,15 +77,16 @@ class MessageTransport:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         """Close; an error that nobody has told the others of is told."""
         if error is not None and not (isinstance(error, SystemExit) and not error.code):
-            self.abort.declare(f"rank {self.link.global_rank}: {type(error).__name__}: {error}")
+            rank = self.link.global_rank
+            self.abort.declare(Cause(f"rank {rank}: {type(error).__name__}: {error}", rank))
         self.close()
 
     def post_send(self, content: Any, /, *, peer: int, lane: Lane, tag: int) -> _Sending:
         """Start sending. What is sent is kept until it has gone."""
         self.abort.check()
         header = MessageHeader.of(content, self.iteration, tag)
-        numbers = torch.cat([header.encoded(), torch.tensor([MARK])])
-        works: list[Any] = [_Work(self.link.scalars.send([numbers], peer, tag), numbers, self.link.timeout_s)]
+        message = header.encoded()
+        works: list[Any] = [_Work(self.link.scalars.send([message], peer, tag), message, self.link.timeout_s)]
         if header.num_bytes:
             payload = packed(content, header)
             self.traffic.sent[peer] += header.num_bytes
@@ -96,12 +97,12 @@ class MessageTransport:
     def post_recv(self, expected: Expected, /, *, peer: int, lane: Lane, tag: int) -> _Receiving:
         """Start receiving."""
         self.abort.check()
-        iteration, numbers = self.iteration, torch.zeros(LENGTH + 1, dtype=torch.int64)
-        work = _Work(self.link.scalars.recv([numbers], peer, tag), numbers, self.link.timeout_s)
+        iteration, message = self.iteration, MessageHeader.room()
+        work = _Work(self.link.scalars.recv([message], peer, tag), message, self.link.timeout_s)
 
         def payload() -> tuple[Any, torch.Tensor, Callable[[], Any]]:
             """The header is there: what is still to come, where to, and what it will make."""
-            header = MessageHeader.decoded(numbers[:LENGTH])
+            header = MessageHeader.decoded(message)
             header.require(iteration, tag, expected())
             buffer = room_for(header, self._processes, lane)
             if header.num_bytes == 0:
@@ -111,7 +112,7 @@ class MessageTransport:
             posted = self._processes.post_recv(buffer, peer, lane=lane, tag=tag, what=what)
             return posted, buffer, lambda: unpacked(buffer, header)
 
-        future = self.pump.expect((peer, lane), work, numbers, payload)
+        future = self.pump.expect((peer, lane), work, message, payload)
         return _Receiving(self, future, lane, f"receiving message {tag} from rank {peer}")
 
     @property
@@ -139,6 +140,16 @@ class MessageTransport:
         """A message that another rank leaves with `link.publish`. Raises as `wait_until` does."""
         self.wait_until(lambda: bool(self.link.store.check([key])), what)
         return self.link.fetch(key, what)
+
+    def told_by_first(self, mine: dict[str, Any], what: str) -> dict[str, Any]:
+        """Rank 0's message, on every rank. All must call this, and `wait_for_all`, equally often and in one order.
+
+        Raises as `wait_until` does.
+        """
+        key = f"first/{self._meetings}"
+        if self.link.global_rank == 0:
+            self.link.publish(key, mine)
+        return self.fetch(key, f"rank 0's {what}")
 
     def wait_for_all(self) -> None:
         """Return when every rank has called this as often. Raises as `wait_until` does."""
@@ -213,10 +224,10 @@ class _Receiving:
 
 @dataclass
 class _Work:
-    """A header under way; keeps its numbers."""
+    """A header under way; keeps its bytes."""
 
     work: Any
-    numbers: torch.Tensor
+    message: torch.Tensor
     timeout_s: float
 
     def is_complete(self) -> bool:

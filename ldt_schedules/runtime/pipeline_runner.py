@@ -19,13 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from ldt_schedules.comm.abort import Aborted
-from ldt_schedules.comm.message_header import Specs
-from ldt_schedules.comm.message_transport import MessageTransport
+from ldt_schedules.comm.abort import Aborted, Cause
+from ldt_schedules.comm.message_transport import Expected, MessageTransport
 from ldt_schedules.errors import ConfigError, LdtError
 from ldt_schedules.planning.dependencies import Value, What
 from ldt_schedules.planning.errors import ScheduleError
@@ -91,7 +91,7 @@ class PipelineRunner:
             self._check_arguments()
             self._agree()
         except (ScheduleError, ConfigError) as error:
-            transport.abort.declare(f"rank {rank}: {error}", rank=rank)
+            transport.abort.declare(Cause(f"rank {rank}: {error}", rank))
             raise
 
     def step(
@@ -115,7 +115,7 @@ class PipelineRunner:
                 rank=self.rank,
                 compute=compute,
                 transport=self.transport,
-                spec=lambda message: lambda: self._expected(compute, message),
+                spec=partial(_expected, compute),
                 blocking=self.blocking,
             )
             with torch.set_grad_enabled(not self.table.forward_only):
@@ -153,11 +153,6 @@ class PipelineRunner:
                 )
         return by_stage
 
-    @staticmethod
-    def _expected(compute: ModuleStages, message: Value) -> Specs | None:
-        """A gradient is of the shapes of the output it belongs to, which went out before it could come back."""
-        return compute.handed_over.get((message.stage, message.microbatch)) if message.what is What.GRADIENT else None
-
     def _check_arguments(self) -> None:
         table, layout = self.table, self.table.layout
         if not 0 <= self.rank < layout.num_ranks:
@@ -176,46 +171,40 @@ class PipelineRunner:
     def _agree(self) -> None:
         """Every rank compares its table with rank 0's."""
         mine = {"table": table_hash(self.table), "blocking": self.blocking}
-        key = f"runner/{self.transport.iteration}"
-        if self.rank == 0:
-            self.transport.link.publish(key, mine)
-        theirs = self.transport.fetch(key, "rank 0's table")
+        theirs = self.transport.told_by_first(mine, "table")
         differing = [name for name in mine if mine[name] != theirs.get(name)]
         if differing:
-            text = (
+            raise ConfigError(
                 f"rank {self.rank} has another {' and another '.join(differing)} than rank 0; give every rank the same"
             )
-            self.transport.abort.declare(text)
-            raise ConfigError(text)
         self.transport.wait_for_all()
 
     def _stopped(self, error: Exception) -> LdtError:
         """What this rank says: its own failure, which it also tells the others, or the one that stopped it."""
-        first = _aborted(error)
+        first = Aborted.behind(error)
         if first is not None:
             cause = first.cause
         else:
-            rank, index = (error.rank, error.index) if isinstance(error, ActionError) else (self.rank, -1)
-            cause = self.transport.abort.declare(self._told(rank, index, error), rank=rank, index=index)
-        ours = cause.get("rank") == self.rank
-        text = f"rank {self.rank} stopped because {cause['text']}"
-        if cause.get("index", -1) >= 0:
-            text += "\n" + grid.excerpt(self.table, cause["rank"], cause["index"])
-        return (ConfigError if isinstance(error, ConfigError) and ours else LdtError)(text)
+            index = error.index if isinstance(error, ActionError) else None
+            cause = self.transport.abort.declare(Cause(self._told(index, error), self.rank, index))
+        text = f"rank {self.rank} stopped because {cause.text}"
+        if cause.rank is not None and cause.index is not None:
+            text += "\n" + grid.excerpt(self.table, cause.rank, cause.index)
+        mistake = isinstance(error, ConfigError) and cause.rank == self.rank
+        return ConfigError(text) if mistake else LdtError(text)
 
-    def _told(self, rank: int, index: int, error: Exception) -> str:
-        where = f"rank {rank}, iteration {self.transport.iteration}"
-        if index >= 0:
-            where = f"rank {rank}, step {index}, action `{grid.cell(self.table, rank, index)}`"
+    def _told(self, index: int | None, error: Exception) -> str:
+        where = f"rank {self.rank}, iteration {self.transport.iteration}"
+        if index is not None:
+            where = f"rank {self.rank}, step {index}, action `{grid.cell(self.table, self.rank, index)}`"
         cause = error.__cause__ if isinstance(error, ActionError) and error.__cause__ is not None else error
         kind = "" if isinstance(cause, LdtError) else f"{type(cause).__name__}: "
         return f"{where}: {kind}{cause}"
 
 
-def _aborted(error: BaseException | None) -> Aborted | None:
-    """The abort that is behind an error."""
-    while error is not None:
-        if isinstance(error, Aborted):
-            return error
-        error = error.__cause__
-    return None
+def _expected(compute: ModuleStages, message: Value) -> Expected:
+    """The shapes of a message that is to come, to be asked for when it does: of a gradient those of the output it belongs to,
+    which went out before it could come back."""
+    if message.what is not What.GRADIENT:
+        return lambda: None
+    return lambda: compute.handed_over.get((message.stage, message.microbatch))

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldt_schedules.comm.message_header import LENGTH, MAX_PARTS, MessageHeader, specs_of
+from ldt_schedules.comm.message_header import MAX_PARTS, MessageHeader, specs_of
+from ldt_schedules.comm.message_mark import clear_mark, is_marked, view_of_mark
 from ldt_schedules.comm.message_payload import packed, unpacked
-from ldt_schedules.comm.message_pump import MARK
 from ldt_schedules.comm.ports import free_ports
 from ldt_schedules.comm.ranks import connect_ranks
 from ldt_schedules.errors import LdtError
@@ -47,21 +47,25 @@ def assert_equal(found, content):
 def test_what_goes_in_comes_out(content, iteration, tag):
     """Any content through its header as numbers and its payload as bytes."""
     header = MessageHeader.of(content, iteration, tag)
-    numbers = header.encoded()
-    assert numbers.shape == (LENGTH,) and MessageHeader.decoded(numbers) == header
-    payload = packed(content, header)
-    assert payload[-8:].view(torch.int64).item() == MARK
+    message, payload = header.encoded(), packed(content, header)
+    assert message.shape == MessageHeader.room().shape and MessageHeader.decoded(message) == header
+    for buffer in (message, payload):
+        view = view_of_mark(buffer)
+        assert is_marked(view)
+        clear_mark(buffer)
+        assert not is_marked(view)
+    assert not is_marked(view_of_mark(MessageHeader.room()))
     assert_equal(unpacked(payload, header), content)
 
 
 @given(contents, st.dictionaries(st.integers(0, 30), st.integers(-(2**62), 2**62) | st.integers(-2, 20)))
 def test_a_spoilt_header_is_refused_or_read(content, spoilt):
     """Never anything but the named error; what is read can be written again."""
-    numbers = MessageHeader.of(content, 1, 2).encoded()
+    message = MessageHeader.of(content, 1, 2).encoded()
     for place, number in spoilt.items():
-        numbers[place] = number
+        message.view(torch.int64)[place] = number
     try:
-        header = MessageHeader.decoded(numbers)
+        header = MessageHeader.decoded(message)
     except LdtError as error:
         assert "where the header of a message was expected" in str(error)
     else:
