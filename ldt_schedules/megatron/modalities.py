@@ -113,11 +113,11 @@ class JoiningHead(MegatronModule):
 class UnsplitModel(MegatronModule):
     """Encoders and language model in one process: an edge alone, and what a split model is compared with."""
 
-    def __init__(self, config: Any, head: JoiningHead, encoders: Mapping[str, ModalityRoot]) -> None:
+    def __init__(self, config: Any, head: MegatronModule, encoders: Mapping[str, MegatronModule]) -> None:
         super().__init__(config=config)
         self.head = head
         self.encoders = torch.nn.ModuleDict(encoders)
-        self.model_type = head.model_type
+        self.model_type = ModelType.encoder_or_decoder
 
     def set_input_tensor(self, input_tensor: object) -> None:
         """The model is whole: it has no input but the batch."""

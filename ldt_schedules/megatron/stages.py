@@ -125,11 +125,9 @@ class MegatronStages:
 
     def _batches(self, stage: int, microbatch: int) -> Iterator[Any] | None:
         layout = self.table.layout
-        if layout.is_head(stage):
-            return self.batches.for_head(microbatch, keep=True)
         if layout.is_tail(stage):
             return self.batches.for_tail(microbatch)
-        return self.batches.for_middle(microbatch) if layout.stages[stage].ranks == (EDGE_RANK,) else None
+        return self.batches.for_chunk(microbatch) if layout.stages[stage].ranks == (EDGE_RANK,) else None
 
     def _checkpoint_all_layers(self, stage: int, microbatch: int) -> bool | None:
         """Megatron's window rule (appendix C of arXiv:2205.05198), with the stage's own number in flight."""

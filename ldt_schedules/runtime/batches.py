@@ -14,7 +14,7 @@ from ldt_schedules.errors import LdtError
 
 
 class SharedBatches:
-    """Deals each microbatch's draws to the head or roots first, to the edge's middle chunks, and to the tail at last.
+    """Deals each microbatch's draws to all chunks of the edge, to the tail at last.
 
     `source` may be None (a rank that is fed by broadcast inside its tensor-parallel group draws nothing).
     """
@@ -23,33 +23,20 @@ class SharedBatches:
         self._source = source
         self._drawn: dict[int, list[Any]] = {}
 
-    def for_head(self, microbatch: int, *, keep: bool) -> Iterator[Any] | None:
-        """An iterator that reads the source; with `keep` what it reads is kept for the tail.
+    def for_chunk(self, microbatch: int) -> Iterator[Any] | None:
+        """For a chunk before the tail: the first to come reads the source, the others see what it has read.
 
-        Of several roots the first to come reads, the others see what it has read.
+        Raises:
+            LdtError: from `next`, when a later chunk draws more often than the first did.
         """
         if self._source is None:
             return None
         if microbatch in self._drawn:
             return _replay(self._drawn[microbatch], microbatch)
-        return _Recording(self._source, self._drawn.setdefault(microbatch, []) if keep else None)
-
-    def for_middle(self, microbatch: int) -> Iterator[Any] | None:
-        """The head's draws once more; they are kept for the chunks that follow.
-
-        Raises:
-            LdtError: from `next`, when the chunk draws more often than the head did.
-        """
-        if self._source is None:
-            return None
-        return _replay(self._drawn.get(microbatch, []), microbatch)
+        return _Recording(self._source, self._drawn.setdefault(microbatch, []))
 
     def for_tail(self, microbatch: int) -> Iterator[Any] | None:
-        """The head's draws once more; afterwards they are gone.
-
-        Raises:
-            LdtError: from `next`, when the tail draws more often than the head did.
-        """
+        """The same draws once more; afterwards they are gone. Raises as `for_chunk` does."""
         if self._source is None:
             return None
         return _replay(self._drawn.pop(microbatch, []), microbatch)
@@ -60,7 +47,9 @@ class SharedBatches:
 
 
 class _Recording:
-    def __init__(self, source: Iterator[Any], drawn: list[Any] | None) -> None:
+    """Asks the source for nothing but `next`: a trainer's iterator may have no more."""
+
+    def __init__(self, source: Iterator[Any], drawn: list[Any]) -> None:
         self._source, self._drawn = source, drawn
 
     def __iter__(self) -> _Recording:
@@ -68,14 +57,13 @@ class _Recording:
 
     def __next__(self) -> Any:
         item = next(self._source)
-        if self._drawn is not None:
-            self._drawn.append(item)
+        self._drawn.append(item)
         return item
 
 
 def _replay(drawn: list[Any], microbatch: int) -> Iterator[Any]:
     yield from drawn
     raise LdtError(
-        f"the forward step of a later chunk read more batches than the head's for microbatch {microbatch} "
+        f"the forward step of a later chunk read more batches than the first one's for microbatch {microbatch} "
         f"({len(drawn)}); a forward step must read the same number on every chunk"
     )

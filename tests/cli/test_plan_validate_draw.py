@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers.cli import ldt
 
-OMNI = Path(__file__).parent.parent / "planning" / "omni_table.txt"
+OMNI = Path(__file__).parents[2] / "examples" / "omni" / "omni_table.txt"
 
 
 def test_validate(tmp_path):

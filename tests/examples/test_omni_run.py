@@ -80,7 +80,6 @@ def test_every_gradient_is_that_of_one_process(case: Case, outcomes: dict[Case, 
 
 
 def test_the_tables() -> None:
-    assert (OMNI / TABLES[0]).read_bytes() == (ROOT / "tests" / "planning" / "omni_table.txt").read_bytes()
     read = {name: read_table((OMNI / name).read_text(encoding="utf-8")) for name in TABLES}
     published, packed, one_f_one_b = read.values()
     for table in read.values():

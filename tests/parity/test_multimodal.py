@@ -43,7 +43,7 @@ def test_every_gradient_and_weight_is_that_of_one_process(workers, layers):
     for one, split, whole in both(workers, cases):
         for number, (mine, reference) in enumerate(zip(split, whole, strict=True)):
             assert_encoders_learn(mine)
-            assert_parity(one, mine, reference, EXACT if number == 0 else 1e-6, step=number)
+            assert_parity(one, mine, reference, EXACT, step=number)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +63,14 @@ def test_other_sizes_differ_by_rounding_alone(workers, sizes, tied, precision):
         assert_encoders_learn(split[0])
         for name, reference in whole[0].gradients.items():
             assert norm_error(split[0].gradients[name], reference) <= tolerance, name
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_in_16_bits_too(workers, precision):
+    """Features, like what crosses the link, are of the model's dtype; the arithmetic and its order are one process's."""
+    for one, split, whole in both(workers, [case((1, 2, 1), 4, precision=precision)]):
+        assert_encoders_learn(split[0])
+        assert_parity(one, split[0], whole[0], EXACT)
 
 
 def test_features_go_where_their_placeholders_are():

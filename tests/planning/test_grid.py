@@ -24,7 +24,7 @@ from ldt_schedules.planning.formats import grid
 from ldt_schedules.planning.problem import Problem
 from ldt_schedules.planning.progress import Semantics
 
-OMNI_FILE = pathlib.Path(__file__).parent / "omni_table.txt"
+OMNI_FILE = pathlib.Path(__file__).parents[2] / "examples" / "omni" / "omni_table.txt"
 OMNI_TEXT = OMNI_FILE.read_text(encoding="utf-8")
 OMNI = read_table(OMNI_TEXT)
 ROOTS = Layout.roots({"audio": 0, "vision": 1, "text": 2}, {"join": 3, "middle": 4, "last": 5})

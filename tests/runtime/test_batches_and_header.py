@@ -21,7 +21,7 @@ def test_the_tail_sees_the_very_objects_the_head_read():
             yield {"number": number}
 
     batches = SharedBatches(source())
-    seen = {m: next(batches.for_head(m, keep=True)) for m in (0, 1, 2)}
+    seen = {m: next(batches.for_chunk(m)) for m in (0, 1, 2)}
     assert read == [0, 1, 2]
     for m in (1, 0, 2):
         assert next(batches.for_tail(m)) is seen[m]
@@ -31,24 +31,24 @@ def test_the_tail_sees_the_very_objects_the_head_read():
 
 def test_several_draws_for_one_microbatch():
     batches = SharedBatches(iter(range(100)))
-    head = batches.for_head(0, keep=True)
+    head = batches.for_chunk(0)
     assert [next(head), next(head)] == [0, 1]
-    assert next(batches.for_head(1, keep=True)) == 2
+    assert next(batches.for_chunk(1)) == 2
     tail = batches.for_tail(0)
     assert [next(tail), next(tail)] == [0, 1]
-    with pytest.raises(LdtError, match="read more batches than the head's for microbatch 0 \\(2\\)"):
+    with pytest.raises(LdtError, match="read more batches than the first one's for microbatch 0 \\(2\\)"):
         next(tail)
     with pytest.raises(AssertionError, match=r"\[1\]"):
         batches.assert_empty()
 
 
-def test_every_chunk_between_sees_them_too_and_the_tail_takes_them_away():
+def test_every_other_chunk_sees_them_too_and_the_tail_takes_them_away():
     read = iter("abcdef")
     batches = SharedBatches(read)
-    seen = {m: next(batches.for_head(m, keep=True)) for m in (0, 1)}
+    seen = {m: next(batches.for_chunk(m)) for m in (0, 1)}
     for m in (0, 1):
         for _ in range(2):
-            middle = batches.for_middle(m)
+            middle = batches.for_chunk(m)
             assert next(middle) is seen[m]
             with pytest.raises(LdtError, match=f"a later chunk read more batches .* microbatch {m}"):
                 next(middle)
@@ -59,7 +59,7 @@ def test_every_chunk_between_sees_them_too_and_the_tail_takes_them_away():
 
 def test_a_rank_without_data_passes_none():
     batches = SharedBatches(None)
-    assert batches.for_head(0, keep=True) is batches.for_middle(0) is batches.for_tail(0) is None
+    assert batches.for_chunk(0) is batches.for_tail(0) is None
     batches.assert_empty()
 
 

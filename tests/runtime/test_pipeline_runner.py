@@ -17,7 +17,7 @@ from ldt_schedules.planning.validator import validate
 from tests.helpers.workers import WorkerFailure
 from tests.runtime import graphs, toy_roots
 
-OMNI = (Path(__file__).parents[1] / "planning" / "omni_table.txt").read_text()
+OMNI = (Path(__file__).parents[2] / "examples" / "omni" / "omni_table.txt").read_text()
 RANKS = 6
 
 
