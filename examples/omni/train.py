@@ -87,7 +87,7 @@ def _read(path: Path, blocking: bool) -> ScheduleTable:
     """
     table = read(path)
     try:
-        check(table, semantics=Semantics.BLOCKING if blocking else Semantics.MATCHED)
+        check(table, semantics=Semantics.BLOCKING if blocking else Semantics.BUFFERED)
     except ScheduleError as error:
         raise ScheduleError(f"{path}: {error}") from None
     feeds = tuple(stage.inputs for stage in table.layout.stages)

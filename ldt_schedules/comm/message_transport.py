@@ -119,7 +119,7 @@ class MessageTransport:
     def semantics(self) -> Semantics:
         """How its messages pass: gloo matches them by tag, a communicator of an accelerator works in order."""
         by_tag = all(channel.backend == "gloo" for channel in self.link.channels.values())
-        return Semantics.MATCHED if by_tag else Semantics.RENDEZVOUS
+        return Semantics.BUFFERED if by_tag else Semantics.RENDEZVOUS
 
     def wait_until(self, done: Callable[[], bool], what: str) -> None:
         """Look again and again, and for the cause of an abort meanwhile.

@@ -1,9 +1,9 @@
-"""Does a table run to its end? Plays it without times, under one of four assumptions about messages, each stricter:
+"""Does a table run to its end? Plays it without times, under one of three assumptions about messages, each stricter:
 
-    buffered     a SEND leaves its message in a mailbox; a RECV is there to pick it up
-    matched      posting takes no time, but a message passes only once both sides have posted it; gloo, which matches by tag
-    rendezvous   matched, and each lane of a rank works in order, as a communicator of nccl or hccl does: what was posted
-                 first must pass first
+    buffered     posting takes no time, and a message passes whatever else is under way; gloo, which matches by tag (that
+                 both sides must have posted it makes no difference here: a row posts each RECV before it needs it)
+    rendezvous   each lane of a rank works in order, as a communicator of nccl or hccl does: what was posted first must
+                 pass first, once both sides have posted it
     blocking     rendezvous, and a rank also waits for each of its own messages before it goes on
 
 A computation waits for what it takes. If then nobody can go on, nobody ever will, and some ranks wait for each other in
@@ -27,7 +27,6 @@ class Semantics(str, Enum):
     """How messages pass; the assumptions above, the strictest last."""
 
     BUFFERED = "buffered"
-    MATCHED = "matched"
     RENDEZVOUS = "rendezvous"
     BLOCKING = "blocking"
 
@@ -105,7 +104,6 @@ class _Play:
     def __init__(self, table: ScheduleTable, semantics: Semantics, numbers: Numbering, families: Families) -> None:
         self.rows, self.numbers = table.ranks, numbers
         self.buffered, self.blocking = semantics is Semantics.BUFFERED, semantics is Semantics.BLOCKING
-        self.matched, self.posted_once = semantics is Semantics.MATCHED, set[int]()
         self.families = families
         self.position = [0] * len(self.rows)
         self.waits = [-1] * len(self.rows)
@@ -155,12 +153,6 @@ class _Play:
             if sends:
                 for base in bases:
                     self._arrive(base + first, port)
-            return True
-        if self.matched:
-            for message in (base + first for base in bases):
-                if message in self.posted_once:
-                    self._arrive(message, port)
-                self.posted_once.add(message)
             return True
         last = bases[-1] + first
         if self.blocking and self.waits[rank] == last:

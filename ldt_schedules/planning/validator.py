@@ -40,7 +40,6 @@ _SHOWN_AT_ONCE = 20
 _GAPS_NAMED = 5
 _WHEN = {
     Semantics.BUFFERED: "even if messages are buffered",
-    Semantics.MATCHED: "when a message needs both sides",
     Semantics.RENDEZVOUS: "when each lane of a rank works in order",
     Semantics.BLOCKING: "when every SEND and RECV holds up its rank",
 }
@@ -306,6 +305,6 @@ def deadlocks_when_blocking(table: ScheduleTable) -> bool:
 
 
 def _listed(semantics: Iterable[Semantics]) -> str:
-    """`buffered, matched and rendezvous`."""
+    """`buffered and rendezvous`."""
     *rest, last = (one.value for one in semantics)
     return f"{', '.join(rest)} and {last}" if rest else last

@@ -296,7 +296,7 @@ def test_a_deadlock_says_who_waits_and_what_would_run(semantics):
     assert {violation.check for violation in found} == {"deadlock"} and len(found) == 6
     for violation in found:
         assert "the circle: rank 4 at F s4 m3 waits for rank 5 at F s5 m3 waits for rank 4" in violation.message
-        assert violation.message.endswith("; it runs under buffered and matched messages, not under rendezvous")
+        assert violation.message.endswith("; it runs under buffered messages, not under rendezvous")
         assert "(when each lane of a rank works in order)" in violation.message
     marked = next(line for line in found[4].context if line.startswith(">"))
     assert marked.split() == [">", "11", "F", "s4", "m3", "=", "2,4,F,3,"]

@@ -90,6 +90,17 @@ def targets(count: int) -> list[torch.Tensor]:
 Outcome = tuple[list[float], dict[int, "np.ndarray | None"]]
 
 
+def make_runners_only(rank: int, num_ranks: int, port: int, given: list[Case]) -> int:
+    """How many runners agreed on their tables, one after the other on one transport, none of them run."""
+    with connect_ranks(rank, num_ranks, ("127.0.0.1", port), timeout_s=30) as transport:
+        made = []
+        for case in given:
+            table = read_table(case.table)
+            modules = {stage: Sum(stage) for stage in table.layout.stages_on(rank)}
+            made.append(PipelineRunner(table, rank, modules, transport, loss=loss))
+        return len(made)
+
+
 def run_rank(rank: int, num_ranks: int, port: int, given: list[Case]) -> list[Outcome]:
     """Every case in one world, one runner after the other on one transport."""
     outcomes: list[Outcome] = []

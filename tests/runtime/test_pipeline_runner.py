@@ -158,22 +158,20 @@ def test_a_receive_too_early_stands_still_when_blocking(workers):
     text = edited(OMNI, 4, moved("2,4,RECV_B,(0,),5", before="2,4,RECV_F,(3,),3"))
     told = told_of(text, Semantics.BLOCKING)
     assert "deadlock" in told and "the circle: rank 4 at F s4 m3 waits for rank 5 at F s5 m3 waits for rank 4" in told
-    assert "it runs under buffered and matched messages, not under rendezvous" in told
-    assert told_of(text, Semantics.MATCHED) == ""
+    assert "it runs under buffered messages, not under rendezvous" in told
+    assert told_of(text, Semantics.BUFFERED) == ""
     losses, gradients = run(workers, text)
     wanted_losses, wanted = one_process()
     assert losses == wanted_losses and worst(gradients, wanted) == 0.0
     (port,) = free_ports(1)
     refused = workers.run(toy_roots.told_by_rank, [(r, RANKS, port, text, {"blocking": True}) for r in range(RANKS)])
-    assert all("it runs under buffered and matched messages" in message for message, _ in refused), refused
+    assert all("it runs under buffered messages" in message for message, _ in refused), refused
 
 
 def test_one_that_only_blocking_ranks_cannot_run(workers):
     """Rank 3 asks for a gradient before it has sent the activation that leads to it: fine if receives are posted early."""
     text = edited(OMNI, 3, moved("1,3,RECV_B,(0,),4", before="1,3,SEND_F,(3,),4"))
-    assert "it runs under buffered, matched and rendezvous messages, not under blocking" in told_of(
-        text, Semantics.BLOCKING
-    )
+    assert "it runs under buffered and rendezvous messages, not under blocking" in told_of(text, Semantics.BLOCKING)
     losses, gradients = run(workers, text)
     wanted_losses, wanted = one_process()
     assert losses == wanted_losses and worst(gradients, wanted) == 0.0
@@ -197,6 +195,14 @@ def test_a_failure_on_any_rank_stops_all_and_is_told_by_all(workers, rank, block
         assert message.startswith(because)
         assert f">{cell}<" in message and "Rank 0" in message
         assert failed_at - first < 2.0, f"rank {other} took {failed_at - first:.1f} s"
+
+
+def test_runners_may_be_made_one_after_the_other_without_a_step(workers):
+    """The second one's table was compared with what rank 0 had said of the first."""
+    (port,) = free_ports(1)
+    cases = graphs.cases(2)
+    outcomes = workers.run(graphs.make_runners_only, [(rank, 2, port, cases[:4]) for rank in range(2)])
+    assert outcomes == [4, 4]
 
 
 def test_a_rank_with_another_table_is_told_before_anything_runs(workers):
