@@ -161,7 +161,9 @@ class _Source:
 
         check(table)
         if self.problem is not None and not self.problem.layout.same_work(table.layout):
-            raise ScheduleError(f"its stages stand on other ranks than those of the problem {self.path}")
+            raise ScheduleError(
+                f"its stages stand on other ranks than those of the problem {self.path}, or others are frozen"
+            )
         self.costs.check_fit(table.layout, table.num_microbatches)
         timeline = simulate(table.layout, table.ranks, self.costs)
         trace = Trace(table.layout, table.num_microbatches, timeline, self.unit)

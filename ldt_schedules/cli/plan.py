@@ -39,6 +39,15 @@ _Memory = Annotated[
         "one has now, the edge 4x), 8GiB, or one amount a rank. Default: dev; of a problem, its own mem_cap."
     ),
 ]
+_Freeze = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        metavar="STAGES",
+        help="Stages that are not trained, by number or name: 0,1 or head,cloud1. What is frozen from the data on has no "
+        "backward, and no gradient is sent to it; a frozen stage behind a trained one passes the gradient on, in half the "
+        'time. In a problem: "frozen": true of the stage.',
+    ),
+]
 _SaveProblem = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option("--save-problem", help="Write what was planned, costs and memory, as a problem (ldt-problem/1)."),
@@ -70,6 +79,7 @@ def plan(
     cloud: Annotated[
         float, typer.Option(help="Length of a cloud stage's forward, in forwards of an edge stage.")
     ] = 1.0,
+    freeze: _Freeze = None,
     schedule: _Schedule = None,
     memory: _Memory = None,
     forward_only: Annotated[bool, typer.Option("--forward-only", help="A table for evaluation.")] = False,
@@ -84,6 +94,8 @@ def plan(
 
     Example: ldt plan --ranks 4 --microbatches 16 --latency 4 --cloud 2
 
+    Example: ldt plan --ranks 3 --laps 2 --microbatches 8 --freeze 0,1,2
+
     Example: ldt plan --problem problem.json --schedule auto --memory 2x --out table.json --json
     """
     from ldt_schedules.cli import problem_input
@@ -93,13 +105,15 @@ def plan(
     from ldt_schedules.planning.formats import problem_json
 
     form = _format(out, format_name)
-    _one_source(config, problem, measure, ranks, microbatches)
+    _one_source(config, problem, measure, ranks, microbatches, freeze)
     if config is not None:
         given = problem_input.from_config(config, overrides or [], measure)
     elif problem is not None:
         given = problem_input.from_file(problem)
     else:
-        given = problem_input.from_numbers(ranks, microbatches, domains, laps, latency, bandwidth, backward, cloud)
+        given = problem_input.from_numbers(
+            ranks, microbatches, domains, laps, latency, bandwidth, backward, cloud, freeze
+        )
     budget = memory or given.budget
     limited = within_budget(given.problem, budget)
     candidates = _candidates(schedule, limited, quiet=json_output)
@@ -123,8 +137,9 @@ def plan(
 
 
 def _one_source(
-    config: Path | None, problem: Path | None, measure: Path | None, ranks: int | None, microbatches: int | None
-) -> None:
+    config: Path | None, problem: Path | None, measure: Path | None, ranks: int | None, microbatches: int | None,
+    freeze: str | None,
+) -> None:  # fmt: skip
     """What is to be planned must be said once."""
     numbers = ranks is not None or microbatches is not None
     if config is not None and (problem is not None or numbers):
@@ -133,6 +148,12 @@ def _one_source(
         raise ConfigError("--measure needs the config of the run too: ldt plan CONFIG --measure RUN_DIR")
     if problem is not None and numbers:
         raise ConfigError("--problem has the ranks and microbatches; leave out --ranks and --microbatches")
+    if freeze is not None and config is not None:
+        raise ConfigError("--freeze goes with --ranks and --microbatches; which stages of a run train, its config says")
+    if freeze is not None and problem is not None:
+        raise ConfigError(
+            '--freeze goes with --ranks and --microbatches; in a problem, write "frozen": true of the stage'
+        )
 
 
 def _format(out: Path | None, format_name: str | None) -> str:

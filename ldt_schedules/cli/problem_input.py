@@ -10,6 +10,7 @@ from ldt_schedules.cli.files import reading
 from ldt_schedules.errors import ConfigError
 
 if TYPE_CHECKING:
+    from ldt_schedules.planning.layout import Layout
     from ldt_schedules.planning.problem import Problem
     from ldt_schedules.training.cost_model import CostRow
 
@@ -40,9 +41,10 @@ def from_file(path: Path) -> PlanInput:
 
 def from_numbers(
     ranks: int | None, microbatches: int | None, domains: int, laps: int, latency: float, bandwidth: float | None,
-    backward: float, cloud: float,
+    backward: float, cloud: float, freeze: str | None = None,
 ) -> PlanInput:  # fmt: skip
-    """A U whose edge stages take 1 forward each, its cloud stages `cloud` forwards."""
+    """A U whose edge stages take 1 forward each, its cloud stages `cloud` forwards. `freeze` names stages that are not
+    trained: of their backward, where there is one, only the gradient of the input is left, which is half of it."""
     from ldt_schedules.planning import Costs, Layout
     from ldt_schedules.planning.budgets import DEFAULT_BUDGET
     from ldt_schedules.planning.layout import EDGE_RANK
@@ -54,16 +56,30 @@ def from_numbers(
             "--microbatches, for example --ranks 4 --microbatches 16 --latency 2"
         )
     layout = Layout.laps(ranks, laps, domains) if laps > 1 else Layout.u(ranks, domains)
+    layout = layout.freeze(_stages_named(freeze, layout)) if freeze is not None else layout
     forward = tuple(1.0 if stage.ranks[0] == EDGE_RANK else cloud for stage in layout.stages)
+    both = tuple(zip(layout.stages, forward, strict=True))
     costs = Costs(
         forward=forward,
-        backward=tuple(backward * time for time in forward),
-        input_grad=tuple(backward * time / 2 for time in forward),
-        weight_grad=tuple(backward * time / 2 for time in forward),
+        backward=tuple(backward * time / (2 if stage.frozen else 1) for stage, time in both),
+        input_grad=tuple(None if stage.frozen else backward * time / 2 for stage, time in both),
+        weight_grad=tuple(None if stage.frozen else backward * time / 2 for stage, time in both),
         latency=latency,
         bandwidth=bandwidth,
     )
     return PlanInput(Problem(layout, microbatches, costs), "forwards", "microbatches", DEFAULT_BUDGET)
+
+
+def _stages_named(text: str, layout: Layout) -> set[int]:
+    """The stages in a list of numbers and names, separated by commas. Raises ConfigError for what is neither."""
+    known = {stage.name: stage.index for stage in layout.stages}
+    known |= {str(stage.index): stage.index for stage in layout.stages}
+    wanted = [word.strip() for word in text.split(",")]
+    for word in wanted:
+        if word not in known:
+            there = ", ".join(f"{stage.index} {stage.name}" for stage in layout.stages)
+            raise ConfigError(f"--freeze: there is no stage {word!r}; give numbers or names of these: {there}")
+    return {known[word] for word in wanted}
 
 
 def from_config(path: Path, overrides: list[str], measure: Path | None) -> PlanInput:

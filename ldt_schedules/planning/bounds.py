@@ -200,7 +200,7 @@ class _Bounding:
         for (kind, stage), first in by_kind.items():
             held, kept = self.problem.costs.held(stage), self.problem.costs.held_after_input_grad(stage)
             rank = nodes[first].resource[1]
-            if kind is not Kind.F or math.isinf(self.graph.caps[rank]) or held <= 0:
+            if kind is not Kind.F or math.isinf(self.graph.caps[rank]) or self.problem.held(stage) <= 0:
                 continue
             last = by_kind.get((Kind.W, stage), by_kind.get((Kind.B, stage)))
             middle = by_kind.get((Kind.I, stage), last)

@@ -70,7 +70,8 @@ class Costs:
 
     Attributes:
         forward: one microbatch through one stage (F).
-        backward: its full backward (B); None: this stage must split it.
+        backward: its full backward (B); None: this stage must split it. Of a frozen stage behind a trained one it is the
+            gradient of the input alone.
         input_grad: the gradient of the stage's input alone (I); None: this stage cannot split its backward.
         weight_grad: the gradient of the stage's weights alone (W).
         memory: what one microbatch holds on the stage's rank from the start of F to the end of B or W.
@@ -126,7 +127,7 @@ class Costs:
         for stage in range(len(layout.stages)):
             if not self.can(Kind.F, stage):
                 raise ScheduleError(f"stage {stage} has no cost for its forward")
-            if not self.can(Kind.B, stage) and not self.can(Kind.I, stage):
+            if layout.has_backward(stage) and not self.can(Kind.B, stage) and not self.can(Kind.I, stage):
                 raise ScheduleError(f"stage {stage} has no cost for its backward: give b, or i and w")
             if self.can(Kind.I, stage) != self.can(Kind.W, stage):
                 raise ScheduleError(f"stage {stage} has only one of i and w; a split backward needs both")

@@ -15,6 +15,9 @@ One microbatch on its way up and back, with stage u on rank p feeding stage v on
 
 When u and v stand on the same rank, F u makes the INPUT of v itself and B v the OUTPUT_GRAD of u: no message.
 `I` makes what B makes for other stages and SAVED_W for `W`, which makes WEIGHT_GRAD (as B does).
+
+Where nobody needs a gradient (`Layout.has_backward`: u is frozen, and so is all that feeds it) the lower half of the
+drawing is missing: F u saves nothing, B v makes no INPUT_GRAD for it, and there is no B u, SEND_B or RECV_B.
 """
 
 from __future__ import annotations
@@ -85,16 +88,37 @@ class Dataflow:
     layout: Layout
     forward_only: bool = False
 
+    def has_backward(self, stage: int) -> bool:
+        """Does a step go through the stage backward, too?"""
+        return not self.forward_only and self.layout.has_backward(stage)
+
+    def gradients_to(self, stage: int) -> list[int]:
+        """The inputs of `stage` that its backward makes a gradient for, in the order of `Layout.inputs`."""
+        return [source for source in self.layout.inputs(stage) if self.layout.has_backward(source)]
+
+    def why_needless(self, action: Action) -> str | None:
+        """Why nobody needs what `action` does, if it belongs to the backward of a stage that has none."""
+        if action.kind.is_forward or self.layout.has_backward(action.stage):
+            return None
+        return self._why_no_gradient(action.stage)
+
+    def _why_no_gradient(self, stage: int) -> str:
+        what_feeds_it = ", and so is all that feeds it" if self.layout.inputs(stage) else ""
+        return f"stage {stage} is frozen{what_feeds_it}: nobody needs its gradient"
+
     def takes(self, action: Action) -> list[Value]:
         """The values that must exist before `action` can finish.
 
         Raises:
-            ScheduleError: a SEND/RECV whose peer holds no neighbour of its stage.
+            ScheduleError: a SEND/RECV whose peer holds no neighbour of its stage; a backward, or a message of one, where
+                nobody needs a gradient.
         """
+        self._refuse_needless(action)
         return [value for m in action.microbatches for value in self._takes(action, m)]
 
     def makes(self, action: Action) -> list[Value]:
         """The values that exist once `action` is done. Raises as `takes` does."""
+        self._refuse_needless(action)
         return [value for m in action.microbatches for value in self._makes(action, m)]
 
     def delivery(self, value: Value) -> Value:
@@ -110,6 +134,11 @@ class Dataflow:
             return Value(What.INPUT, message.other, message.microbatch, message.stage)
         assert message.what is What.GRADIENT, message
         return Value(What.OUTPUT_GRAD, message.stage, message.microbatch, message.other)
+
+    def _refuse_needless(self, action: Action) -> None:
+        why = self.why_needless(action)
+        if why is not None:
+            raise ScheduleError(f"{action}: {why}")
 
     def _takes(self, action: Action, m: int) -> list[Value]:
         stage = action.stage
@@ -134,7 +163,7 @@ class Dataflow:
         stage = action.stage
         match action.kind:
             case Kind.F:
-                saved = [] if self.forward_only else [Value(What.SAVED, stage, m)]
+                saved = [Value(What.SAVED, stage, m)] if self.has_backward(stage) else []
                 return saved + [self._hand_over(What.OUTPUT, stage, m, to) for to in self.layout.consumers(stage)]
             case Kind.B:
                 return [Value(What.WEIGHT_GRAD, stage, m), *self._input_grads(stage, m)]
@@ -152,7 +181,7 @@ class Dataflow:
                 return [Value(What.OUTPUT_GRAD, stage, m, self.other_end(action, m))]
 
     def _input_grads(self, stage: int, m: int) -> list[Value]:
-        return [self._hand_over(What.INPUT_GRAD, stage, m, source) for source in self.layout.inputs(stage)]
+        return [self._hand_over(What.INPUT_GRAD, stage, m, source) for source in self.gradients_to(stage)]
 
     def _hand_over(self, what: What, stage: int, m: int, other: int) -> Value:
         value = Value(what, stage, m, other)
@@ -164,7 +193,7 @@ class Dataflow:
 
         Raises:
             ScheduleError: the peer holds no neighbour of the stage for this microbatch, or two and the action does not
-                say which is meant.
+                say which is meant; nobody there needs the gradient.
         """
         assert action.peer is not None, action
         upstream = action.kind.peer_is_upstream
@@ -172,6 +201,11 @@ class Dataflow:
         found = self.layout.neighbours_on(neighbours, action.peer, microbatch)
         if action.other is not None:
             found = [stage for stage in found if stage == action.other]
+        if action.kind is Kind.SEND_B and found:
+            needless = found[0]
+            found = [stage for stage in found if self.layout.has_backward(stage)]
+            if not found:
+                raise ScheduleError(f"{action}: {self._why_no_gradient(needless)}")
         if not found or action.peer == self.layout.rank_of(action.stage, microbatch):
             where = ", ".join(f"stage {n} on rank {self.layout.rank_of(n, microbatch)}" for n in neighbours)
             raise ScheduleError(

@@ -123,7 +123,8 @@ class Depth:
 
 
 def depths(problem: Problem, evaluation: Evaluation) -> list[Depth]:
-    """For each stage how many microbatches in flight hide the round trip, and how many this plan has."""
+    """For each stage how many microbatches in flight hide the round trip, and how many this plan has. (What has no backward
+    makes no round trip.)"""
     graph = work_graph(problem, is_split(evaluation.order))
     load = [0.0] * graph.num_ranks
     for work in graph.works:
@@ -131,7 +132,7 @@ def depths(problem: Problem, evaluation: Evaluation) -> list[Depth]:
     per_microbatch = max(load) / problem.num_microbatches * problem.layout.num_domains
     found = []
     for index, work in enumerate(graph.works):
-        if work.kind is Kind.F and work.domain == 0:
+        if work.kind is Kind.F and work.domain == 0 and problem.layout.has_backward(work.stage):
             trip = holding_time(graph, index)
             needed = math.ceil(trip / per_microbatch - 1e-9) if per_microbatch else 1
             used = evaluation.timeline.peak_of_stage(work.rank, work.stage)

@@ -9,8 +9,8 @@ two ends stand on the same rank, the edge:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ldt_schedules.planning.errors import ScheduleError
@@ -29,6 +29,10 @@ class Stage:
     cloud). `inputs` are the stages that feed this one.
 
     `label` is what the author of a grid calls the stage, None where that is the index; several roots may share one.
+
+    `frozen`: no parameter of it is trained. Whether it then has a backward depends on what feeds it (`Layout.has_backward`).
+    If it has, that is a backward as any other, a B or an I and a W. Only less is computed, which is for `Costs` to say: the
+    gradient of the input, and nothing in W.
     """
 
     index: int
@@ -36,6 +40,7 @@ class Stage:
     ranks: tuple[int, ...]
     inputs: tuple[int, ...]
     label: int | None = None
+    frozen: bool = False
 
     def __post_init__(self) -> None:
         if self.label == self.index:  # one stage is written in one way, so that equal layouts have equal files
@@ -194,9 +199,23 @@ class Layout:
             stages.append(Stage(index, name, (rank,), inputs, number if labelled else None))
         return cls(tuple(stages))
 
+    def freeze(self, stages: Collection[int]) -> Layout:
+        """The same layout with just these stages frozen, and no others: `freeze(())` thaws all.
+
+        All stages may be frozen: there is a step for that, the evaluation. A table that is to train them is refused.
+
+        Raises:
+            ScheduleError: there is no such stage.
+        """
+        missing = sorted(set(stages) - set(range(len(self.stages))))
+        if missing:
+            raise ScheduleError(f"there is no stage {missing[0]} to freeze; stages are 0..{len(self.stages) - 1}")
+        return replace(self, stages=tuple(replace(stage, frozen=stage.index in stages) for stage in self.stages))
+
     def same_work(self, other: Layout) -> bool:
-        """Do both have the same stages on the same ranks, connected alike? What they are called does not matter."""
-        mine, theirs = ([(s.ranks, set(s.inputs)) for s in layout.stages] for layout in (self, other))
+        """Do both have the same stages on the same ranks, connected alike, and the same of them frozen? What they are
+        called does not matter."""
+        mine, theirs = ([(s.ranks, set(s.inputs), s.frozen) for s in layout.stages] for layout in (self, other))
         return mine == theirs and self.num_ranks == other.num_ranks
 
     def rings(self, laps: int) -> list[tuple[int, ...]] | None:
@@ -257,6 +276,29 @@ class Layout:
     def consumers(self, stage: int) -> tuple[int, ...]:
         """The stages that read the output of stage `stage`."""
         return self._consumers[stage]
+
+    @cached_property
+    def _with_backward(self) -> frozenset[int]:
+        found: set[int] = set()
+        for stage in self.forward_order:
+            if not self.stages[stage].frozen or not found.isdisjoint(self.inputs(stage)):
+                found.add(stage)
+        return frozenset(found)
+
+    def has_backward(self, stage: int) -> bool:
+        """Does anybody need a gradient there? Not where the stage is frozen and all that feeds it, near or far, is too.
+
+            frozen ──► frozen ──► trained ──► frozen ──► trained        a frozen stage behind a trained one must pass the
+              F          F          F B         F B        F B          gradient on
+
+        So all that a stage with a backward feeds has one too.
+        """
+        return stage in self._with_backward
+
+    @property
+    def is_trained(self) -> bool:
+        """Is there anything to train?"""
+        return bool(self._with_backward)
 
     def rank_of(self, stage: int, microbatch: int) -> int:
         """The pipeline rank that runs `stage` for `microbatch`."""

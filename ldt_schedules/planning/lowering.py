@@ -112,18 +112,18 @@ def _routes(flow: Dataflow, action: Action) -> list[_Route]:
             kinds = Kind.SEND_B, Kind.RECV_B
         else:
             continue
-        here, there = _written(flow.layout, value)
+        here, there = _written(flow, value)
         receiver = flow.layout.rank_of(value.other, value.microbatch)
         routes.append(_Route(*kinds, value.other, receiver, there, here))
     return routes
 
 
-def _written(layout: Layout, value: Value) -> tuple[int | None, int | None]:
+def _written(flow: Dataflow, value: Value) -> tuple[int | None, int | None]:
     """The stages at the two ends of an OUTPUT or INPUT_GRAD where they must be written, because the other end's
     rank alone would not say which is meant."""
-    stage, other, m = value.stage, value.other, value.microbatch
+    layout, stage, other, m = flow.layout, value.stage, value.other, value.microbatch
     forward = value.what is What.OUTPUT
-    mine = layout.consumers(stage) if forward else layout.inputs(stage)
+    mine = layout.consumers(stage) if forward else tuple(flow.gradients_to(stage))
     theirs = layout.inputs(other) if forward else layout.consumers(other)
     ambiguous_there = len(layout.neighbours_on(mine, layout.rank_of(other, m), m)) > 1
     ambiguous_here = len(layout.neighbours_on(theirs, layout.rank_of(stage, m), m)) > 1

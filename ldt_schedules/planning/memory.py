@@ -3,7 +3,7 @@
     start of F   + memory                 end of I   - (memory - memory_w)
     end of B     - memory                 end of W   - memory_w
 
-What ends at the moment when something else starts is freed first.
+What ends at the moment when something else starts is freed first. A stage that has no backward keeps nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from ldt_schedules.planning.actions import Action, Kind
 from ldt_schedules.planning.costs import Costs
 from ldt_schedules.planning.problem import Problem
-from ldt_schedules.planning.timeline import Span, Timeline
+from ldt_schedules.planning.timeline import Span, Timeline, stages_backward
 
 _DIGITS = 9
 """Times that agree to so many digits are one moment."""
@@ -21,8 +21,6 @@ _DIGITS = 9
 
 def peak_memory(timeline: Timeline, costs: Costs) -> tuple[float, ...]:
     """The most each rank holds at one time; 0 for an evaluation, which keeps nothing."""
-    if all(span.action.kind is Kind.F for span in timeline.spans):
-        return (0.0,) * timeline.num_ranks
     return tuple(_peak(row, costs) for row in timeline.rows)
 
 
@@ -32,7 +30,8 @@ def fits(peaks: Sequence[float], problem: Problem) -> bool:
 
 
 def change(action: Action, costs: Costs) -> float:
-    """What the action adds to (F, at its start) or takes from (B, I, W, at its end) what its rank holds."""
+    """What the action adds to (F, at its start) or takes from (B, I, W, at its end) what its rank holds, if its stage has
+    a backward."""
     held = costs.held(action.stage)
     if action.kind is Kind.F:
         one = held
@@ -51,18 +50,21 @@ def first_excess(row: Iterable[Action], problem: Problem, rank: int) -> tuple[in
     """
     held = 0.0
     for index, action in enumerate(row):
-        if action.kind.is_compute:
+        if action.kind.is_compute and problem.layout.has_backward(action.stage):
             held += change(action, problem.costs)
             if not problem.allows(rank, held):
                 return index, held
     return None
 
 
-def _peak(row: Iterable[Span], costs: Costs) -> float:
+def _peak(row: Sequence[Span], costs: Costs) -> float:
+    keeping = stages_backward(row)
     changes: list[tuple[float, int, float]] = []
     known: dict[tuple[Kind, int, int], float] = {}
     for span in row:
         action = span.action
+        if action.stage not in keeping:
+            continue
         key = (action.kind, action.stage, len(action.microbatches))
         if key not in known:
             known[key] = change(action, costs)

@@ -24,6 +24,9 @@ def why_impossible(action: Action, rank: int, table: ScheduleTable, numbers: Num
         return "action", "packs microbatches of different domains"
     if table.forward_only and not action.kind.is_forward:
         return "action", "a forward-only table has no backward"
+    needless = numbers.flow.why_needless(action)
+    if needless is not None:
+        return "action", needless
     try:
         numbers.family(action)
     except ScheduleError as error:

@@ -46,7 +46,7 @@ class Problem:
         if cap < 0 or math.isnan(cap):
             raise ScheduleError(f"the memory of rank {rank} must be 0 or more, got {cap:g}")
         if not self.allows(rank, least):
-            stages = ", ".join(f"stage {s} {self.costs.held(s):g}" for s in self.layout.stages_on(rank))
+            stages = ", ".join(f"stage {s} {self.held(s):g}" for s in self.layout.stages_on(rank))
             raise ScheduleError(
                 f"rank {rank} may hold {cap:g}, but a single microbatch in flight needs {least:g} there ({stages}); "
                 f"give rank {rank} at least {least:g}"
@@ -59,7 +59,11 @@ class Problem:
         behind: dict[int, frozenset[int]] = {}
         for stage in self.layout.forward_order:
             behind[stage] = frozenset((stage,)).union(*(behind[source] for source in self.layout.inputs(stage)))
-        return max(sum(self.costs.held(s) for s in stages & members) for stages in behind.values())
+        return max(sum(self.held(s) for s in stages & members) for stages in behind.values())
+
+    def held(self, stage: int) -> float:
+        """What one microbatch of `stage` holds from the start of F: nothing where no backward will ask for it."""
+        return self.costs.held(stage) if self.layout.has_backward(stage) else 0.0
 
     def cap(self, rank: int) -> float:
         """What `rank` may hold; infinite where there is no limit."""
@@ -77,15 +81,21 @@ class Problem:
     @cached_property
     def is_uniform(self) -> bool:
         """Do all microbatches of a stage take the same time?"""
-        stages = range(len(self.layout.stages))
-        return all(self.costs.is_uniform(kind, s) for kind in (Kind.F, Kind.B, Kind.I, Kind.W) for s in stages)
+        forward = all(self.costs.is_uniform(Kind.F, stage.index) for stage in self.layout.stages)
+        return forward and all(
+            self.costs.is_uniform(kind, s) for kind in (Kind.B, Kind.I, Kind.W) for s in self._with_backward
+        )
+
+    @property
+    def _with_backward(self) -> list[int]:
+        return [stage.index for stage in self.layout.stages if self.layout.has_backward(stage.index)]
 
     @property
     def can_split(self) -> bool:
         """Can some stage do I and W?"""
-        return any(self.costs.can(Kind.I, stage) for stage in range(len(self.layout.stages)))
+        return any(self.costs.can(Kind.I, stage) for stage in self._with_backward)
 
     @property
     def can_fuse(self) -> bool:
-        """Can every stage do B?"""
-        return all(self.costs.can(Kind.B, stage) for stage in range(len(self.layout.stages)))
+        """Can every stage do B, as far as it has a backward?"""
+        return all(self.costs.can(Kind.B, stage) for stage in self._with_backward)

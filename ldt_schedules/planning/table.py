@@ -25,7 +25,8 @@ class ScheduleTable:
 
     Raises:
         ScheduleError: no microbatch, or other ones than the layout's `domain_of` has; not one row for each rank of the
-            layout. Everything else that can be wrong with a table is the validator's to tell, all at once.
+            layout; a table that trains although every stage is frozen (it would hold no backward at all, and pass for
+            an evaluation). Everything else that can be wrong with a table is the validator's to tell, all at once.
     """
 
     layout: Layout
@@ -38,6 +39,11 @@ class ScheduleTable:
         if len(self.ranks) != self.layout.num_ranks:
             raise ScheduleError(
                 f"the layout has pipeline ranks 0..{self.layout.num_ranks - 1}, the table has {len(self.ranks)} rows"
+            )
+        if not self.forward_only and not self.layout.is_trained:
+            raise ScheduleError(
+                "every stage is frozen, so that there is nothing to train: leave one of them unfrozen, or make a table "
+                "for evaluation (forward only)"
             )
 
     @classmethod

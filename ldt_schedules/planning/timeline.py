@@ -86,11 +86,9 @@ class Timeline:
     def peak_in_flight(self) -> tuple[int, ...]:
         """For each rank, the most (stage, microbatch) pairs whose activations it holds at one time.
 
-        Held from the start of F to the end of B (or of W). The edge's head and tail count separately. When nothing
-        goes backward (evaluation), nothing is held.
+        Held from the start of F to the end of B (or of W). The edge's head and tail count separately. A stage that never
+        goes backward (frozen, or in an evaluation) holds nothing.
         """
-        if all(span.action.kind is Kind.F for span in self.spans):
-            return (0,) * self.num_ranks
         return tuple(_peak(row) for row in self.rows)
 
     def peak_of_stage(self, rank: int, stage: int) -> int:
@@ -98,9 +96,18 @@ class Timeline:
         return _peak(span for span in self.rows[rank] if span.action.stage == stage)
 
 
+def stages_backward(row: Iterable[Span]) -> set[int]:
+    """The stages of a rank that go backward. The others keep nothing of what they computed."""
+    return {span.action.stage for span in row if span.action.kind is not Kind.F}
+
+
 def _peak(row: Iterable[Span]) -> int:
+    row = tuple(row)
+    keeping = stages_backward(row)
     held = peak = 0
     for span in row:  # one action at a time, so the order of the row is the order of the changes
+        if span.action.stage not in keeping:
+            continue
         if span.action.kind is Kind.F:
             held += len(span.action.microbatches)
             peak = max(peak, held)

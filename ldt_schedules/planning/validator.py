@@ -4,13 +4,13 @@ Most of it is one question asked of `dependencies`: is every value made once, be
 rest: is the action possible at all (stage, microbatch, rank, peer), do the messages of a lane leave and arrive in one
 order, does anybody wait for ever (`progress`), and does every rank stay within its memory.
 
-    action       no such stage or microbatch, on the wrong rank, a backward in an evaluation
+    action       no such stage or microbatch, on the wrong rank, a backward in an evaluation or where nobody needs it
     peer         a SEND or RECV whose peer has no such neighbour
     twice        a value made or taken a second time
     order        taken before it is made           missing      taken, made nowhere on this rank
     unmatched    a SEND without its RECV, or the other way round
     left over    made and not used: what was saved or received for nothing
-    incomplete   a stage that does not run every microbatch
+    incomplete   a stage that does not run every microbatch, forward and, if it has a backward, backward
     fifo         the k-th message sent on a lane is not the k-th received
     deadlock     ranks that wait for each other; the message shows the circle
     memory       more held than the rank may hold
@@ -79,7 +79,7 @@ def _require_same_work(table: ScheduleTable, problem: Problem) -> None:
     if not mine.same_work(theirs):
         raise ScheduleError(
             f"the table has {len(mine.stages)} stages on {mine.num_ranks} ranks, the problem {len(theirs.stages)} on "
-            f"{theirs.num_ranks}, or they are connected differently"
+            f"{theirs.num_ranks}, or they are connected differently, or others are frozen"
         )
     domains = [[layout.domain(m) for m in range(problem.num_microbatches)] for layout in (mine, theirs)]
     if domains[0] != domains[1] and mine.num_domains > 1 and table.num_microbatches == problem.num_microbatches:
@@ -233,7 +233,7 @@ class _Validation:
         """Every stage runs every microbatch; of a row with many gaps the first few are named and the rest counted."""
         layout, count = self.table.layout, self.table.num_microbatches
         for stage in range(len(layout.stages)):
-            for kind in ("F",) if self.table.forward_only else ("F", "B"):
+            for kind in ("F", "B") if self.numbers.flow.has_backward(stage) else ("F",):
                 present = self.done[kind, stage]
                 missing = count - len(present)
                 gaps = (m for m in range(count) if m not in present)

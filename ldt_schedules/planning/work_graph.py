@@ -170,7 +170,7 @@ class _Builder:
         return kinds
 
     def _work(self, kind: Kind, stage: int, domain: int, members: tuple[int, ...]) -> Work:
-        more = change(Action(kind, stage, members[:1]), self.costs)
+        more = change(Action(kind, stage, members[:1]), self.costs) if self.layout.has_backward(stage) else 0.0
         return Work(
             kind=kind,
             stage=stage,
@@ -194,6 +194,8 @@ class _Builder:
 
 
 def backward_kinds(problem: Problem, stage: int, split: bool) -> tuple[Kind, ...]:
-    """How a plan does the backward of `stage`: (B,) or (I, W)."""
+    """How a plan does the backward of `stage`: (B,) or (I, W), or () where nobody needs a gradient."""
+    if not problem.layout.has_backward(stage):
+        return ()
     can_split, can_fuse = problem.costs.can(Kind.I, stage), problem.costs.can(Kind.B, stage)
     return (Kind.I, Kind.W) if can_split and (split or not can_fuse) else (Kind.B,)

@@ -40,7 +40,8 @@ class StageCompute(Protocol):
         """Run the stage; for each microbatch one input for each stage that feeds it, none for a head.
 
         Returns:
-            for each microbatch the output for the stages that read it and what `backward` will need.
+            for each microbatch the output for the stages that read it and what `backward` will need; the latter is
+            dropped where the stage has no backward (`Dataflow.has_backward`), which should then keep nothing.
         """
 
     def backward(
@@ -49,7 +50,7 @@ class StageCompute(Protocol):
         """Run the stage's backward; for each microbatch one output gradient for each stage that reads it, none for a tail.
 
         Returns:
-            for each microbatch one gradient for each of its inputs.
+            for each microbatch one gradient for each of its inputs that has a backward (`Dataflow.gradients_to`).
         """
 
 

@@ -6,6 +6,8 @@
 
 A stage hands over a tensor, a tuple of tensors, or None: "nothing for this microbatch". A root whose inputs are None is not
 called, nor is a stage all of whose inputs are None; their output is None, and so is the gradient that comes back.
+
+A stage without a backward (frozen, and so is all that feeds it) is called without autograd, and keeps nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 
 from ldt_schedules.comm.message_header import Specs, specs_of
 from ldt_schedules.errors import LdtError
+from ldt_schedules.planning.dependencies import Dataflow
 from ldt_schedules.planning.layout import Layout
 from ldt_schedules.runtime.packing import Packing, Rows
 
@@ -42,7 +45,8 @@ class _Pass:
 
 @dataclass
 class _Saved:
-    """Of one microbatch: what went in, as leaves of this stage's graph, and what came out, still in the graph."""
+    """Of one microbatch: what went in, as leaves of this stage's graph, as far as gradients of it go back, and what came
+    out, still in the graph."""
 
     inputs: list[Any]
     output: Any
@@ -71,10 +75,22 @@ class ModuleStages:
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     handed_over: dict[tuple[int, int], Specs | None] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._flow = Dataflow(self.layout, forward_only=not self.train)
+
     def forward(
         self, stage: int, microbatches: tuple[int, ...], inputs: list[list[Any]]
     ) -> list[tuple[Any, _Saved | None]]:
-        leaves = [[self._leaf(content) for content in one] for one in inputs]
+        with torch.set_grad_enabled(self._flow.has_backward(stage)):
+            return self._forward(stage, microbatches, inputs)
+
+    def _forward(
+        self, stage: int, microbatches: tuple[int, ...], inputs: list[list[Any]]
+    ) -> list[tuple[Any, _Saved | None]]:
+        sources, gradients_to = self.layout.inputs(stage), self._flow.gradients_to(stage)
+        keeps = self._flow.has_backward(stage)
+        wanted = [keeps and source in gradients_to for source in sources]
+        leaves = [[_leaf(content, want) for content, want in zip(one, wanted, strict=True)] for one in inputs]
         called_with = [
             self.inputs[stage][m] if self.layout.is_head(stage) else _present(one)
             for m, one in zip(microbatches, leaves, strict=True)
@@ -87,7 +103,8 @@ class ModuleStages:
                 output = self._loss_of(m, output)
             else:
                 self.handed_over[stage, m] = None if output is None else specs_of(output)
-            results.append((_detached(output), _Saved(one, output, of) if self.train else None))
+            back = [leaf for leaf, want in zip(one, wanted, strict=True) if want]
+            results.append((_detached(output), _Saved(back, output, of) if keeps else None))
         return results
 
     def backward(
@@ -103,16 +120,6 @@ class ModuleStages:
         if tensors:
             torch.autograd.backward(tensors, gradients, retain_graph=any(one.of.due for one in saved))
         return [[_taken_gradient(leaf) for leaf in one.inputs] for one in saved]
-
-    def _leaf(self, content: Any) -> Any:
-        """A leaf of this stage's own graph for each tensor that can have a gradient."""
-
-        def one(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            if tensor is None or not (tensor.is_floating_point() or tensor.is_complex()):
-                return tensor
-            return tensor.detach().requires_grad_(self.train)
-
-        return _each(content, one)
 
     def _call(self, stage: PipelineStage, called_with: list[Any], is_root: bool) -> list[Any]:
         """The output of each microbatch; of those that are absent None."""
@@ -150,6 +157,17 @@ class ModuleStages:
             for gradient in [_sum([_parts(content)[number] for content in received if content is not None])]
             if gradient is not None
         ]
+
+
+def _leaf(content: Any, wanted: bool) -> Any:
+    """A leaf of the stage's own graph for each tensor that can have a gradient; it collects one if that is wanted."""
+
+    def one(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if tensor is None or not (tensor.is_floating_point() or tensor.is_complex()):
+            return tensor
+        return tensor.detach().requires_grad_(wanted)
+
+    return _each(content, one)
 
 
 def _present(contents: list[Any]) -> tuple[Any, ...] | None:

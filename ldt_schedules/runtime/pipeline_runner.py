@@ -65,7 +65,8 @@ class PipelineRunner:
 
     Raises:
         ScheduleError: the table is not valid, or would stand still under these semantics; with every violation.
-        ConfigError: the stages are not those of this rank, or another rank has another table.
+        ConfigError: the stages are not those of this rank, the table calls one frozen whose module would be trained, or
+            another rank has another table.
     """
 
     def __init__(
@@ -163,10 +164,23 @@ class PipelineRunner:
                 f"rank {self.rank} runs the stages {sorted(mine)} and got modules for {sorted(self.stages)}; give it a module "
                 "for each of its own"
             )
+        self._check_frozen()
         if any(layout.is_tail(stage) for stage in mine) and self.loss is None:
             raise ConfigError(f"rank {self.rank} has the last stage: give it `loss`, (output, target) -> scalar")
         if len(self.weights) != table.num_microbatches:
             raise ConfigError(f"there are {len(self.weights)} weights for {table.num_microbatches} microbatches")
+
+    def _check_frozen(self) -> None:
+        """Where the table has no backward, parameters that expect a gradient would never get one, and nobody would see it."""
+        for number, stage in self.stages.items():
+            trained = [name for name, parameter in stage.module.named_parameters() if parameter.requires_grad]
+            if trained and self.table.layout.stages[number].frozen and not self.table.forward_only:
+                more = f" and {len(trained) - 1} more" if len(trained) > 1 else ""
+                raise ConfigError(
+                    f"stage {number} ({self.table.layout.stages[number].name}) is frozen in the table, but its module trains "
+                    f"{trained[0]}{more}; freeze it with module.requires_grad_(False), or make a table without "
+                    f"freezing stage {number}"
+                )
 
     def _agree(self) -> None:
         """Every rank compares its table with rank 0's."""

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 
 from ldt_schedules.planning.actions import Action, Kind
 from ldt_schedules.planning.errors import ScheduleError
-from ldt_schedules.planning.formats import grid_layout
+from ldt_schedules.planning.formats import frozen, grid_layout
 from ldt_schedules.planning.formats.grid_layout import Cell
 from ldt_schedules.planning.layout import Layout
 from ldt_schedules.planning.table import ScheduleTable
@@ -35,8 +35,10 @@ def dumps(table: ScheduleTable) -> str:
     """The table as a grid; ranks that are done leave their cells empty.
 
     Raises:
-        ScheduleError: an action must name the stage at the other end, for which a cell has no place.
+        ScheduleError: an action must name the stage at the other end, for which a cell has no place; a stage is frozen
+            and nothing in a grid would show it.
     """
+    frozen.check_can_be_seen(table)
     for rank, row in enumerate(table.ranks):
         for action in row:
             if action.other is not None:
@@ -82,7 +84,8 @@ def loads(text: str, layout: Layout | None = None) -> ScheduleTable:
 
     Args:
         layout: what the stages are. By default a U of one lap or several if the numbers and ranks in the cells are those
-            of one; any other graph of stages is read off the messages (`grid_layout` says how).
+            of one; any other graph of stages is read off the messages (`grid_layout` says how). Stages without a
+            backward are frozen (`frozen`).
 
     Raises:
         ScheduleError: not a grid, a cell that cannot be read, of a rank without a column, without the peer it needs, or
@@ -97,7 +100,9 @@ def loads(text: str, layout: Layout | None = None) -> ScheduleTable:
         action = one.action
         stage = grid_layout.stage_of(one, known)
         rows[one.rank].append(Action(action.kind, stage, action.microbatches, action.peer))
-    if layout is not None:
+    if layout is None:
+        found = frozen.as_seen(found, rows)
+    else:
         grid_layout.check_peers(cells, layout)
     forward_only = all(one.action.kind.is_forward for one in cells)
     last = max((m for one in cells for m in one.action.microbatches), default=-1)

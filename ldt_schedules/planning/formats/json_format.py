@@ -6,7 +6,7 @@
 
 A stage of several domains has one rank for each: `"rank": [1, 4]`. A table for evaluation says `"forward_only": true`.
 `"num_ranks"` is written where some rank has no stage, `"domain_of"` where microbatch m is not of domain m mod D, `"label"`
-of a stage where a grid calls it by another number than its own.
+of a stage where a grid calls it by another number than its own, `"frozen": true` of one that is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from ldt_schedules.planning.actions import Action
 from ldt_schedules.planning.errors import ScheduleError
-from ldt_schedules.planning.formats.json_object import expect_keys, get, parse_object
+from ldt_schedules.planning.formats.json_object import expect_keys, get, parse_object, yes_or_no
 from ldt_schedules.planning.layout import Layout, Stage
 from ldt_schedules.planning.table import ScheduleTable
 
@@ -50,6 +50,7 @@ def layout_content(layout: Layout) -> dict[str, Any]:
             "name": stage.name,
             "inputs": list(stage.inputs),
             **({} if stage.label is None else {"label": stage.label}),
+            **({"frozen": True} if stage.frozen else {}),
         }
         for stage in layout.stages
     ]
@@ -83,9 +84,7 @@ def loads(text: str) -> ScheduleTable:
             f'"ranks" has no row for {", ".join(sorted(expected - set(ranks)))}; write [] for an idle rank'
         )
     rows = {int(rank): _row(rank, row) for rank, row in ranks.items()}
-    forward_only = content.get("forward_only", False)
-    if not isinstance(forward_only, bool):
-        raise ScheduleError(f'"forward_only" is {forward_only!r}; allowed are true and false')
+    forward_only = yes_or_no(content, "forward_only")
     return ScheduleTable.from_rows(layout, get(content, "num_microbatches", int), rows, forward_only)
 
 
@@ -114,8 +113,9 @@ def _stage(entry: object, number: int) -> Stage:
     for name, values in (("rank", ranks), ("inputs", inputs if isinstance(inputs, list) else [None])):
         if any(not isinstance(value, int) or isinstance(value, bool) or value < 0 for value in values):
             raise ScheduleError(f'{where}: "{name}" is {entry.get(name)!r}; expected whole numbers from 0')
-    name = entry.get("name", f"stage{number}")
-    return Stage(index=get(entry, "stage", int), name=str(name), ranks=ranks, inputs=tuple(inputs), label=label)
+    name = str(entry.get("name", f"stage{number}"))
+    frozen = yes_or_no(entry, "frozen", f"{where}: ")
+    return Stage(get(entry, "stage", int), name, ranks, tuple(inputs), label, frozen)
 
 
 def _row(rank: str, row: object) -> list[Action]:

@@ -53,6 +53,14 @@ def get(content: dict[str, Any], key: str, kind: type) -> Any:
     return value
 
 
+def yes_or_no(content: dict[str, Any], key: str, where: str = "") -> bool:
+    """`content[key]`, no where it is missing. Raises ScheduleError, beginning with `where`, for anything but true and false."""
+    value = content.get(key, False)
+    if not isinstance(value, bool):
+        raise ScheduleError(f'{where}"{key}" is {value!r}; allowed are true and false')
+    return value
+
+
 def number_of(value: object, what: str, expected: str = "a number") -> float:
     """A number of a file, be it one of the NaN and Infinity that Python's JSON knows.
 

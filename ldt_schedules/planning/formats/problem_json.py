@@ -7,7 +7,9 @@
 ranks, microbatches   how many
 stages                one object each, the stage's number is its position: `rank` (or one for each domain), `f`, and
                       `b` or `i` and `w` or all three (a number, or one for each microbatch), `mem` (held from the
-                      start of F, default 1), `mem_w` (what stays between I and W, default `mem`), `name`
+                      start of F, default 1), `mem_w` (what stays between I and W, default `mem`), `name`, `frozen`
+                      (true: no parameter of it is trained; where nothing that feeds it is trained either, it has no
+                      backward, needs no `b`, `i`, `w` and holds nothing)
 edges                 [u, v] or [u, v, forward size, backward size]; without any the chain 0, 1, 2, …
 domains, domain_of    microbatch k is of domain `domain_of[k]`, by default k mod `domains`
 links                 `src`, `dst`, `latency`, `bandwidth` (null: no limit), `resource` (links that share one wire)
@@ -24,7 +26,7 @@ from typing import Any
 
 from ldt_schedules.planning.costs import Costs, Link, PerMicrobatch
 from ldt_schedules.planning.errors import ScheduleError
-from ldt_schedules.planning.formats.json_object import expect_keys, get, number_of, parse_object
+from ldt_schedules.planning.formats.json_object import expect_keys, get, number_of, parse_object, yes_or_no
 from ldt_schedules.planning.layout import Layout, Stage
 from ldt_schedules.planning.problem import Problem
 
@@ -33,7 +35,7 @@ _KEYS = (
     "format", "name", "ranks", "microbatches", "stages", "edges", "domains", "domain_of", "links", "default_link",
     "fwd_size", "bwd_size", "mem_cap",
 )  # fmt: skip
-_STAGE_KEYS = ("rank", "f", "b", "i", "w", "mem", "mem_w", "name")
+_STAGE_KEYS = ("rank", "f", "b", "i", "w", "mem", "mem_w", "name", "frozen")
 _LINK_KEYS = ("src", "dst", "latency", "bandwidth", "resource")
 
 
@@ -105,6 +107,8 @@ def _stage_content(costs: Costs, stage: Stage) -> dict[str, Any]:
     content["mem"] = costs.held(stage.index)
     content["mem_w"] = costs.held_after_input_grad(stage.index)
     content["name"] = stage.name
+    if stage.frozen:
+        content["frozen"] = True
     return content
 
 
@@ -222,7 +226,8 @@ def _stages(stages: list[dict[str, Any]], edges: list[list[Any]], domains: objec
         if isinstance(domains, int) and len(ranks) not in (1, domains):
             raise ScheduleError(f"stage {number} stands on {len(ranks)} ranks, but there are {domains} domains")
         inputs = tuple(u for u, v, *_ in edges if v == number)
-        made.append(Stage(number, str(stage.get("name", f"stage{number}")), ranks, inputs))
+        name, frozen = str(stage.get("name", f"stage{number}")), yes_or_no(stage, "frozen", f"stage {number}: ")
+        made.append(Stage(number, name, ranks, inputs, frozen=frozen))
     return tuple(made)
 
 

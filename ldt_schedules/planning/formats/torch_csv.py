@@ -22,6 +22,7 @@ import re
 
 from ldt_schedules.planning.actions import Action, Kind
 from ldt_schedules.planning.errors import ScheduleError
+from ldt_schedules.planning.formats import frozen
 from ldt_schedules.planning.layout import Layout
 from ldt_schedules.planning.table import ScheduleTable
 
@@ -43,6 +44,7 @@ def dumps(table: ScheduleTable) -> str:
         ScheduleError: the format cannot express it; the message says what and where.
     """
     _check_layout(table.layout)
+    frozen.check_can_be_seen(table)
     lines = []
     for rank, row in enumerate(table.ranks):
         cells = []
@@ -59,7 +61,8 @@ def loads(text: str, layout: Layout | None = None) -> ScheduleTable:
     """Read CSV.
 
     Args:
-        layout: what the stages are; by default a U, found from the number of lines.
+        layout: what the stages are; by default a U, found from the number of lines, in which stages without a backward
+            are frozen (`frozen`).
 
     Raises:
         ScheduleError: not CSV, a cell that cannot be read or is of another rank, a layout in which peers would be
@@ -71,7 +74,7 @@ def loads(text: str, layout: Layout | None = None) -> ScheduleTable:
         raise ScheduleError(f"this is no CSV: {error}") from None
     if not any(cell.strip() for line in lines for cell in line):
         raise ScheduleError("there is no action; expected one line a rank, for example '0F0,0SEND_F0,…'")
-    layout = layout or Layout.u(len(lines))
+    given, layout = layout, layout or Layout.u(len(lines))
     _check_layout(layout)
     rows: list[list[Action]] = []
     for rank, line in enumerate(lines):
@@ -83,6 +86,8 @@ def loads(text: str, layout: Layout | None = None) -> ScheduleTable:
                 rows[rank].append(_action(layout, rank, cell.strip()))
             except ScheduleError as error:
                 raise ScheduleError(f"line {rank + 1}, cell {number} ({cell.strip()[:30]!r}): {error}") from None
+    if given is None:
+        layout = frozen.as_seen(layout, rows)
     forward_only = all(action.kind.is_forward for row in rows for action in row)
     microbatches = {m for row in rows for action in row for m in action.microbatches}
     return ScheduleTable.from_rows(layout, max(microbatches, default=-1) + 1, rows, forward_only)

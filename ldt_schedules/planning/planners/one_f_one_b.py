@@ -7,8 +7,12 @@ gradient is back, when all stages are equally long and messages are free. Then e
                    rank 1   ·  F0 F1 ·  B0 F2 B1 ...
                    rank 2   ·  ·  F0 B0 F1 B1 ...
 
-The order is found by playing it with such lengths. Where layouts agree it is the order of the books; on a U it is close
-to `ldt_1f1b`, on other layouts it is what memory budgets are measured against.
+The order is found by playing it with such lengths. Frozen stages are played as if they were trained, and what they do not
+need is left out afterwards (`with_backwards`): so beside other stages of their rank they keep step instead of running
+ahead, and the step is never longer than with nothing frozen.
+
+Where layouts agree it is the order of the books; on a U it is close to `ldt_1f1b`, on other layouts it is what memory
+budgets are measured against.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from ldt_schedules.planning.work_graph import work_graph
 def one_f_one_b(layout: Layout, num_microbatches: int) -> ComputeOrder:
     """Works for every layout."""
     away = _stages_to_loss(layout)
-    graph = work_graph(Problem(layout, num_microbatches, Costs()), split=False)
+    graph = work_graph(Problem(layout.freeze(()), num_microbatches, Costs()), split=False)
     targets = [
         [(0.0 if work.kind is not Kind.F else 1.0) + away[work.stage] / (2 * len(away)) + 1e-9 * m
          for m in work.microbatches]

@@ -55,7 +55,8 @@ def name_of_published(layout: Layout) -> str:
 
 
 def with_backwards(problem: Problem, order: ComputeOrder, split: bool) -> ComputeOrder:
-    """Every B of `order` as the problem's stages do it: B, or I and W one after the other."""
+    """Every B of `order` as the problem's stages do it: B, or I and W one after the other, or nothing where nobody needs
+    the gradient. (What could be run with those B can be run without: fewer actions wait, and for less.)"""
     kinds = [backward_kinds(problem, stage.index, split) for stage in problem.layout.stages]
     return tuple(
         tuple(
