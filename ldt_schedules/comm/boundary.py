@@ -51,7 +51,7 @@ class TensorGroup:
 
     def gather(self, part: torch.Tensor) -> torch.Tensor:
         """The whole, from the equal parts of all. A collective."""
-        if self.size == 1:
+        if self.size == 1 or not part.numel():
             return part
         whole = torch.empty((part.shape[0] * self.size, *part.shape[1:]), dtype=part.dtype, device=part.device)
         self._checked(lambda: dist.all_gather_into_tensor(whole, part.contiguous(), group=self.group))
@@ -59,7 +59,7 @@ class TensorGroup:
 
     def broadcast(self, whole: torch.Tensor) -> torch.Tensor:
         """The first process's tensor, written over that of all. A collective."""
-        if self.size > 1:
+        if self.size > 1 and whole.numel():
             self._checked(lambda: dist.broadcast(whole, src=dist.get_global_rank(self.group, 0), group=self.group))
         return whole
 
@@ -91,6 +91,10 @@ class _Sends:
     def wait(self) -> None:
         for piece in self.pieces:
             piece.wait()
+
+
+_NOTHING = _Sends(())
+"""A message without an element: both ends know its shape, so it need not be sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,9 +177,13 @@ class BoundaryTransport:
         return self.topology.peers(self.place, peer)[self.place.tensor_rank]
 
     def _send(self, tensor: torch.Tensor, process: int, peer: int, lane: Lane, tag: int) -> _Handle:
+        if not tensor.numel():
+            return _NOTHING
         self.traffic.sent[peer] += tensor.nbytes
         return self.processes.post_send(tensor, process, lane=lane, tag=tag, what=f"pipeline rank {peer}")
 
     def _recv(self, buffer: torch.Tensor, process: int, peer: int, lane: Lane, tag: int) -> _Handle:
+        if not buffer.numel():
+            return _NOTHING
         self.traffic.received[peer] += buffer.nbytes
         return self.processes.post_recv(buffer, process, lane=lane, tag=tag, what=f"pipeline rank {peer}")

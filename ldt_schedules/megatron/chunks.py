@@ -38,12 +38,40 @@ ModelProvider = Callable[..., MegatronModule]
 """`(config, pre_process=, post_process=) -> model`: Megatron's model provider with the chunk's config put first."""
 
 
-class EdgeChunks(MegatronModule):
-    """Head and tail of the model in one module.
+NamedPart = tuple[str, int, torch.nn.Module]
+"""What comes before the part's parameter names in the whole model, the number of its first layer there, and the part."""
 
-    Attributes:
-        stage_modules: stage -> its module, as the executor asks for it.
-    """
+
+class StageChunks(MegatronModule):
+    """All chunks of a process in one module, so that one DistributedDataParallel serves them."""
+
+    @property
+    def stage_modules(self) -> dict[int, torch.nn.Module]:
+        """Stage -> its module, as the executor asks for it."""
+        raise NotImplementedError
+
+    def named_parts(self) -> Iterator[NamedPart]:
+        """Everything that holds parameters, for `global_parameters`."""
+        raise NotImplementedError
+
+    @property
+    def shares_parameters(self) -> bool:
+        """Do two stages hold a parameter in common (tied embeddings)?"""
+        seen: set[int] = set()
+        for module in self.stage_modules.values():
+            own = {id(parameter) for parameter in module.parameters()}
+            if seen & own:
+                return True
+            seen |= own
+        return False
+
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        """Never called: a schedule runs one of the stages."""
+        raise AssertionError(f"{type(self).__name__} has no forward of its own; run a stage of stage_modules")
+
+
+class EdgeChunks(StageChunks):
+    """Head and tail of the model in one module, with its encoders."""
 
     def __init__(
         self,
@@ -58,21 +86,16 @@ class EdgeChunks(MegatronModule):
         self.tail = tail
         self.encoders = torch.nn.ModuleDict(encoders)
         self._tail_stage = tail_stage
-        self.model_type = _unwrapped(head).model_type
-        self.pg_collection = getattr(_unwrapped(head), "pg_collection", None)  # training loops of 0.16 ask for it
+        self.model_type = unwrapped(head).model_type
+        self.pg_collection = getattr(unwrapped(head), "pg_collection", None)  # training loops of 0.16 ask for it
 
     @property
     def stage_modules(self) -> dict[int, torch.nn.Module]:
         return {**dict(enumerate(self.encoders.values())), len(self.encoders): self.head, self._tail_stage: self.tail}
 
-    @property
-    def shares_parameters(self) -> bool:
-        """Do head and tail hold a parameter in common (tied embeddings)?"""
-        return bool({id(p) for p in self.head.parameters()} & {id(p) for p in self.tail.parameters()})
-
-    def forward(self, *args: Any, **kwargs: Any) -> None:
-        """Never called: a schedule runs the head or the tail."""
-        raise AssertionError("EdgeChunks has no forward of its own; run a stage of stage_modules")
+    def named_parts(self) -> Iterator[NamedPart]:
+        yield from (_language_part(chunk) for chunk in (self.head, self.tail))
+        yield from _encoder_parts(self.encoders)
 
     def state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
         """`head.…` and `tail.…`, each as the chunk itself names it."""
@@ -138,7 +161,7 @@ def build_chunks(
     stage_spans = spans(layers)
 
     def in_bits(chunk_config: Any, module: MegatronModule, first: bool, last: bool) -> MegatronModule:
-        return _narrowed(chunk_config, module, first, last) if narrowed and (config.fp16 or config.bf16) else module
+        return narrowed_stage(chunk_config, module, first, last) if narrowed else module
 
     def stage_module(span: LayerSpan, *, first: bool, last: bool) -> MegatronModule:
         chunk_config = config_with_span(config, span)
@@ -158,13 +181,16 @@ def build_chunks(
     head = stage_module(stage_spans[0], first=True, last=False)
     tail = stage_module(stage_spans[-1], first=False, last=True)
     if tied:
-        _unwrapped(tail).output_layer.weight = _unwrapped(head).embedding.word_embeddings.weight
+        unwrapped(tail).output_layer.weight = unwrapped(head).embedding.word_embeddings.weight
     if modalities:
-        ignore_modalities(_unwrapped(tail))
+        ignore_modalities(unwrapped(tail))
     return EdgeChunks(config, head, tail, len(layers) - 1 + len(modalities), encoders())
 
 
-def _narrowed(config: Any, module: MegatronModule, first: bool, last: bool) -> Float16Module:
+def narrowed_stage(config: Any, module: MegatronModule, first: bool, last: bool) -> MegatronModule:
+    """In 16 bits inside Megatron's Float16Module, which must know whether the stage is the model's first or last."""
+    if not (config.fp16 or config.bf16):
+        return module
     wrapped = Float16Module(config, module)
     if not (first and last):
         _count_as(wrapped, 0 if first else 2 if last else 1)
@@ -184,15 +210,16 @@ def _count_as(wrapped: Float16Module, part: int) -> None:
     wrapped.vp_size, wrapped.vp_stage = 3, part
 
 
-def _unwrapped(module: torch.nn.Module) -> Any:
+def unwrapped(module: torch.nn.Module) -> Any:
+    """What a stage's wrappers hold."""
     inner: Any = module.module if isinstance(module, Float16Module) else module
     return inner.language_model if isinstance(inner, JoiningHead) else inner
 
 
 def _innermost(model: torch.nn.Module) -> Any:
-    """What the wrappers hold: EdgeChunks, a multimodal model in one process, or the one chunk."""
+    """What the wrappers hold: the chunks of a process, a multimodal model in one process, or the one chunk."""
     inner: Any = model
-    while not isinstance(inner, (EdgeChunks, UnsplitModel)) and hasattr(inner, "module"):
+    while not isinstance(inner, (StageChunks, UnsplitModel)) and hasattr(inner, "module"):
         inner = inner.module
     return inner
 
@@ -200,14 +227,14 @@ def _innermost(model: torch.nn.Module) -> Any:
 def _of_one_module(model: torch.nn.Module, layout: Layout, rank: int) -> dict[int, torch.nn.Module]:
     """Stage -> what to call for it, from the one (wrapped) module of a process.
 
-    The cloud's chunk is called through its wrappers, the edge's stages inside them: DistributedDataParallel adds
+    A single chunk is called through its wrappers, the stages of several inside them: DistributedDataParallel adds
     nothing to a forward pass but the call.
 
     Raises:
         ConfigError: the table has other stages on this rank.
     """
     inner, mine = _innermost(model), layout.stages_on(rank)
-    found = inner.stage_modules if isinstance(inner, EdgeChunks) else dict.fromkeys(mine[:1], model)
+    found = inner.stage_modules if isinstance(inner, StageChunks) else dict.fromkeys(mine[:1], model)
     if set(found) != set(mine):
         raise ConfigError(
             f"the schedule has the stages {', '.join(layout.stages[s].name for s in mine)} on rank {rank}, the model has "
@@ -219,8 +246,9 @@ def _of_one_module(model: torch.nn.Module, layout: Layout, rank: int) -> dict[in
 def modules_on_rank(chunks: list[torch.nn.Module], layout: Layout, rank: int) -> dict[int, torch.nn.Module]:
     """Stage -> what to call for it, from the list of (wrapped) chunks a training loop passes.
 
-    A plain U takes one module for each process. A model that goes round L times takes L + 1, in the order of its stages;
-    the edge has a stage for each, a cloud process one less, so the last of its list is an empty module that is never run:
+    A plain U takes one module for each process. A model that goes round L times takes one too, if that is a `StageChunks`,
+    or else L + 1, in the order of its stages; the edge has a stage for each, a cloud process one less, so the last of its
+    list is an empty module that is never run:
 
         laps(P, 2)     edge  [stage 0, stage P, stage 2P]        cloud rank r  [stage r, stage P + r, (empty)]
 
@@ -229,7 +257,8 @@ def modules_on_rank(chunks: list[torch.nn.Module], layout: Layout, rank: int) ->
     """
     heads = sum(layout.is_head(stage) for stage in layout.stages_on(EDGE_RANK))
     laps = len(layout.stages_on(EDGE_RANK)) - 1 if heads == 1 else 1
-    expected = 1 if laps == 1 else laps + 1
+    together = len(chunks) == 1 and isinstance(_innermost(chunks[0]), StageChunks)
+    expected = 1 if laps == 1 or together else laps + 1
     if len(chunks) != expected:
         what = "a site of a U holds one wrapped module" if laps == 1 else f"a U of {laps} laps holds {expected} chunks"
         raise ConfigError(f"{what}, got a list of {len(chunks)} model chunks")
@@ -248,9 +277,9 @@ def modules_on_rank(chunks: list[torch.nn.Module], layout: Layout, rank: int) ->
 
 
 def shares_parameters(model: torch.nn.Module) -> bool:
-    """Does the model hold a head and a tail with a parameter in common?"""
+    """Does the model hold two stages with a parameter in common?"""
     inner = _innermost(model)
-    return isinstance(inner, EdgeChunks) and inner.shares_parameters
+    return isinstance(inner, StageChunks) and inner.shares_parameters
 
 
 def global_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -259,18 +288,29 @@ def global_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Pa
     `tail.decoder.layers.0.…` of a chunk that starts at layer 6 is `decoder.layers.6.…`.
     """
     seen: set[int] = set()
-    inner = _innermost(model)
-    language = [inner.head, inner.tail] if isinstance(inner, EdgeChunks) else [getattr(inner, "head", inner)]
-    encoders = inner.encoders.items() if isinstance(inner, (EdgeChunks, UnsplitModel)) else ()
-    for prefix, chunk in (
-        *(("", chunk) for chunk in language),
-        *((f"encoders.{name}.", one) for name, one in encoders),
-    ):
-        span = LayerSpan(0, 0) if prefix else span_of(chunk.config) or LayerSpan(0, 0)
-        for name, parameter in _unwrapped(chunk).named_parameters():
+    for prefix, offset, part in _named_parts(_innermost(model)):
+        for name, parameter in part.named_parameters():
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                yield prefix + _global_name(name, span.offset), parameter
+                yield prefix + _global_name(name, offset), parameter
+
+
+def _named_parts(inner: Any) -> Iterator[NamedPart]:
+    if hasattr(inner, "named_parts"):
+        yield from inner.named_parts()
+        return
+    yield _language_part(getattr(inner, "head", inner))
+    if isinstance(inner, UnsplitModel):
+        yield from _encoder_parts(inner.encoders)
+
+
+def _language_part(chunk: Any) -> NamedPart:
+    span = span_of(chunk.config)
+    return "", 0 if span is None else span.offset, unwrapped(chunk)
+
+
+def _encoder_parts(encoders: torch.nn.ModuleDict) -> Iterator[NamedPart]:
+    return ((f"encoders.{name}.", 0, unwrapped(one)) for name, one in encoders.items())
 
 
 def _global_name(name: str, offset: int) -> str:

@@ -7,6 +7,7 @@ below; in a process without a session, an edge alone for example, Megatron's own
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ldt_schedules.megatron.grad_sync import GradSync, per_chunk, scale_to_globa
 from ldt_schedules.megatron.session import Session
 from ldt_schedules.megatron.stages import MegatronStages
 from ldt_schedules.planning.actions import Action, Kind
+from ldt_schedules.planning.dependencies import Value
 from ldt_schedules.planning.formats import table_hash
 from ldt_schedules.planning.table import ScheduleTable
 from ldt_schedules.runtime.batches import SharedBatches
@@ -91,12 +93,14 @@ def forward_backward_pipelining_without_interleaving(
     if not forward_only:
         grad_sync.close()
         _start_param_sync(config, chunks)
+    batches = SharedBatches(data_iterator[0] if isinstance(data_iterator, list) else data_iterator)
     stages = MegatronStages(
         run=run,
         config=config,
         modules=modules,
         table=table,
-        batches=SharedBatches(data_iterator[0] if isinstance(data_iterator, list) else data_iterator),
+        batches=batches,
+        header=_exchange_header(run, batches, _header(run, table, config, seq_length, micro_batch_size)),
         grad_sync=grad_sync,
         forward_step_func=forward_step_func,
         num_tokens=torch.zeros([], dtype=torch.int, device=device.current_device()),
@@ -105,7 +109,7 @@ def forward_backward_pipelining_without_interleaving(
         recompute_window=_recompute_window(config, table.ranks[run.place.pipeline_rank]),
     )
     embedding_module = None if forward_only else _clear_deferred_embedding(run, config, stages)
-    _execute(stages, seq_length, micro_batch_size)
+    _execute(stages)
     if not forward_only:
         grad_sync.finish()
         _finish_gradients(run, config, chunks, stages, embedding_module, pg_collection, force_all_reduce)
@@ -115,16 +119,15 @@ def forward_backward_pipelining_without_interleaving(
     return stages.forward_data_store
 
 
-def _execute(stages: MegatronStages, seq_length: int, micro_batch_size: int) -> None:
-    """Agree with the other site on the step, then run this rank's row to its end; nothing may be left over."""
+def _execute(stages: MegatronStages) -> None:
+    """Run this rank's row to its end; nothing may be left over."""
     run, table, config = stages.run, stages.table, stages.config
-    header = _exchange_header(run, _header(run, table, config, seq_length, micro_batch_size))
     executor = Executor(
         table=table,
         rank=run.place.pipeline_rank,
         compute=stages,
         transport=run.transport,
-        spec=lambda message: _local_spec(header.spec(message.microbatch), run, config),
+        spec=lambda message: _local_spec(_whole_spec(message, stages), run, config),
     )
     run.last_step = executor.run()
     stages.batches.assert_empty()
@@ -184,11 +187,32 @@ def _header(run: Session, table: ScheduleTable, config: Any, seq_length: int, mi
     )
 
 
-def _exchange_header(run: Session, mine: StepHeader) -> StepHeader:
-    """The edge announces the step, the cloud checks that it is about to run the same one."""
+def _exchange_header(run: Session, batches: SharedBatches, mine: StepHeader) -> StepHeader:
+    """The edge announces the step, the cloud checks that it is about to run the same one.
+
+    Raises:
+        LdtError: another step, or the edge cannot read its batches: then the cloud is told so, and no more.
+    """
+    if run.place.site is Site.EDGE and run.microbatch_format is not None:
+        try:
+            drawn = batches.draw(mine.num_microbatches)
+            mine = replace(mine, told=tuple(run.microbatch_format.told(batch) for batch in drawn))
+        except Exception:
+            why = f"the edge could not read the batches of step {mine.step} and stopped; its own log says why"
+            run.from_edge("header", replace(mine, failure=why).to_message())
+            raise
     header = StepHeader.from_message(run.from_edge("header", mine.to_message()))
     header.require_agreement(mine)
     return header
+
+
+def _whole_spec(message: Value, stages: MegatronStages) -> TensorSpec:
+    """Shape and dtype of an activation or its gradient, before it is cut over the processes of a pipeline rank."""
+    spec, told = stages.header.spec(message.microbatch), stages.header.told
+    if told is None:
+        return spec
+    assert stages.run.microbatch_format is not None
+    return TensorSpec(stages.run.microbatch_format.shape(told[message.microbatch], message.stage), spec.dtype)
 
 
 def _local_spec(whole: TensorSpec, run: Session, config: Any) -> TensorSpec:

@@ -16,6 +16,7 @@ from ldt_schedules.comm.link import Link
 from ldt_schedules.comm.transport import Transport
 from ldt_schedules.planning.layout import Layout
 from ldt_schedules.planning.table import ScheduleTable
+from ldt_schedules.runtime.microbatch_format import MicrobatchFormat
 from ldt_schedules.runtime.recorder import StepRecorder
 from ldt_schedules.topology import Place, Site, Topology
 
@@ -29,6 +30,7 @@ class Session:
 
     Attributes:
         table_for: the schedule of a step of the edge, whose microbatches are those of all its domains.
+        microbatch_format: of a model whose stages do not all exchange `[s, b, h]`; None: they do.
         steps: forward-backward calls so far; equal on both sites.
         domain_scale: what the cloud's averaged gradients are multiplied by, see `grad_sync.scale_to_global_batch`.
         layout: of the step that runs or ran last; None before the first.
@@ -41,6 +43,7 @@ class Session:
     link: Link
     transport: Transport
     table_for: TableSource
+    microbatch_format: MicrobatchFormat | None = None
     steps: int = 0
     domain_scale: float = field(init=False)
     layout: Layout | None = None

@@ -6,7 +6,7 @@ non-loss data, deallocation of outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,8 @@ from ldt_schedules.megatron.session import Session
 from ldt_schedules.planning.layout import EDGE_RANK
 from ldt_schedules.planning.table import ScheduleTable
 from ldt_schedules.runtime.batches import SharedBatches
+from ldt_schedules.runtime.step_header import StepHeader
+from ldt_schedules.topology import Site
 
 Saved = tuple[list[torch.Tensor], torch.Tensor]
 """Inputs and output of a stage, kept from its forward to its backward."""
@@ -35,6 +37,7 @@ class MegatronStages:
         modules: stage -> module to call.
         forward_data_store: what the loss function returned, one entry a microbatch; Megatron's return value.
         num_tokens: loss tokens of this process so far, an int tensor; 0 in the cloud.
+        header: what the edge said of this step.
         recompute_window: stage -> in-flight microbatches, for partial activation checkpointing; None when it is off.
     """
 
@@ -46,6 +49,7 @@ class MegatronStages:
     grad_sync: GradSync
     forward_step_func: Callable[..., Any]
     num_tokens: torch.Tensor
+    header: StepHeader
     forward_data_store: list[Any] = field(default_factory=list)
     collect_non_loss_data: bool = False
     first_val_step: bool | None = None
@@ -55,9 +59,14 @@ class MegatronStages:
         self, stage: int, microbatches: tuple[int, ...], inputs: list[list[torch.Tensor]]
     ) -> list[tuple[torch.Tensor, Saved]]:
         (microbatch,), (inputs_of_it,) = microbatches, inputs
+        layout = self.table.layout
         # An alias: what several stages of one rank read must not collect their gradients in one place.
-        inputs_of_it = [tensor.detach().requires_grad_(not self.table.forward_only) for tensor in inputs_of_it]
-        return [self._forward(stage, microbatch, inputs_of_it)]
+        inputs_of_it = [
+            tensor.detach().requires_grad_(not self.table.forward_only and layout.has_backward(source))
+            for tensor, source in zip(inputs_of_it, layout.inputs(stage), strict=True)
+        ]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and layout.has_backward(stage)):
+            return [self._forward(stage, microbatch, inputs_of_it)]
 
     def _forward(self, stage: int, microbatch: int, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, Saved]:
         layout = self.table.layout
@@ -104,10 +113,16 @@ class MegatronStages:
         inputs, output = saved
         output_grad = torch.stack(output_grads).sum(0) if len(output_grads) > 1 else next(iter(output_grads), None)
         model_type = get_model_type(self.modules[stage])
+        # Megatron keeps the gradient of every input that it is given; a frozen stage's output has none.
+        wanted = [tensor if tensor.requires_grad else None for tensor in inputs]
         with self._on_chunk(stage), self.grad_sync.around_backward(stage, microbatch):
-            given = schedules.backward_step(_for_megatron(inputs), output, output_grad, model_type, self.config)
+            given = schedules.backward_step(_for_megatron(wanted), output, output_grad, model_type, self.config)
         grads = given if len(inputs) > 1 else [given] if inputs else []
-        return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, grads, strict=True)]
+        return [
+            torch.zeros_like(tensor) if grad is None else grad
+            for tensor, grad in zip(inputs, grads, strict=True)
+            if tensor.requires_grad
+        ]
 
     @contextmanager
     def _on_chunk(self, stage: int) -> Iterator[None]:
@@ -124,7 +139,11 @@ class MegatronStages:
                 parallel_state.set_virtual_pipeline_model_parallel_rank(before)
 
     def _batches(self, stage: int, microbatch: int) -> Iterator[Any] | None:
-        layout = self.table.layout
+        """What the forward step reads: at the edge the batch, in the cloud what the header tells of it."""
+        layout, told = self.table.layout, self.header.told
+        if told is not None and self.run.place.site is Site.CLOUD:
+            assert self.run.microbatch_format is not None
+            return iter([self.run.microbatch_format.in_the_cloud(told[microbatch])])
         if layout.is_tail(stage):
             return self.batches.for_tail(microbatch)
         return self.batches.for_chunk(microbatch) if layout.stages[stage].ranks == (EDGE_RANK,) else None
@@ -137,6 +156,6 @@ class MegatronStages:
         return bool(microbatch % self.recompute_window[stage] >= limit)
 
 
-def _for_megatron(inputs: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor] | None:
+def _for_megatron(inputs: Sequence[torch.Tensor | None]) -> Any:
     """A stage's inputs as Megatron's steps take them: a list only where there are several."""
-    return inputs if len(inputs) > 1 else inputs[0] if inputs else None
+    return list(inputs) if len(inputs) > 1 else inputs[0] if inputs else None

@@ -23,6 +23,23 @@ class SharedBatches:
         self._source = source
         self._drawn: dict[int, list[Any]] = {}
 
+    def draw(self, num_microbatches: int) -> list[Any]:
+        """Read one batch for each microbatch now, in their order; the chunks will be given these.
+
+        For models that must say something of all microbatches before the first is run. Raises what the source raises, and
+        LdtError when it ends too early.
+        """
+        assert self._source is not None and not self._drawn, "batches are drawn once, where there is a source"
+        for microbatch in range(num_microbatches):
+            try:
+                self._drawn[microbatch] = [next(self._source)]
+            except StopIteration:
+                raise LdtError(
+                    f"the data iterator ended at microbatch {microbatch} of {num_microbatches}; a step needs one batch for "
+                    "each"
+                ) from None
+        return [batch for (batch,) in self._drawn.values()]
+
     def for_chunk(self, microbatch: int) -> Iterator[Any] | None:
         """For a chunk before the tail: the first to come reads the source, the others see what it has read.
 

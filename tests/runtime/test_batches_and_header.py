@@ -84,4 +84,28 @@ def test_every_difference_is_named_with_both_values():
 
 def test_a_header_holds_no_data():
     """What is disclosed is this list and nothing else; extend the documentation before extending the list."""
-    assert set(HEADER.to_message()) == {"step", "forward_only", "table_hash", "shapes", "dtype"}
+    assert set(HEADER.to_message()) == {"step", "forward_only", "table_hash", "shapes", "dtype", "told", "failure"}
+    assert HEADER.to_message()["told"] is HEADER.to_message()["failure"] is None
+
+
+def test_what_only_the_edge_knows_is_not_compared():
+    told = replace(HEADER, told=({"grids": [[1, 4, 4]]}, {"grids": []}))
+    assert StepHeader.from_message(told.to_message()) == told
+    told.require_agreement(HEADER)
+    with pytest.raises(LdtError, match="step: edge 3, here 4"):
+        told.require_agreement(replace(HEADER, step=4))
+
+
+def test_an_edge_that_cannot_read_its_batches_says_so_instead():
+    with pytest.raises(LdtError, match="the edge could not read"):
+        replace(HEADER, step=9, failure="the edge could not read the batches of step 9").require_agreement(HEADER)
+
+
+def test_batches_drawn_at_once_go_to_their_microbatches_in_any_order():
+    batches = SharedBatches(iter("abcd"))
+    assert batches.draw(3) == ["a", "b", "c"]
+    assert [next(batches.for_chunk(m)) for m in (2, 0, 1, 2)] == ["c", "a", "b", "c"]
+    assert [next(batches.for_tail(m)) for m in (1, 2, 0)] == ["b", "c", "a"]
+    batches.assert_empty()
+    with pytest.raises(LdtError, match="ended at microbatch 1 of 2"):
+        batches.draw(2)
