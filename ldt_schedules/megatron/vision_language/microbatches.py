@@ -1,0 +1,86 @@
+"""What the cloud is told of a vision-language microbatch: which rows of an activation belong together, and where they are.
+
+    batch at the edge                       in the step header              batch in the cloud
+    grids         [images, 3]        ────►  three numbers an image   ────►  grids
+    segments      [b, s]             ────►  lengths of equal runs    ────►  segments
+    position_ids  [3, b, s]          ────►  int32, compressed        ────►  position_ids
+    input_ids, labels, loss_mask, pixel_values: never
+
+So the cloud learns how many images a sample has, how large they are and where in the text they stand (the positions tell),
+and where padding begins. It does not learn which words or pixels there are.
+"""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+from ldt_schedules.runtime.microbatch_format import Told
+
+Batch = dict[str, torch.Tensor]
+Run = Sequence[int]
+"""A number, and how often it stands there in a row."""
+
+
+def packed_positions(position_ids: torch.Tensor) -> str:
+    """`[3, b, s]` as text, in int32; runs of counting numbers compress well."""
+    numbers = position_ids.to("cpu", torch.int32).contiguous().numpy()
+    return base64.b64encode(zlib.compress(numbers.astype("<i4").tobytes())).decode("ascii")
+
+
+def positions_of(packed: str, batch: int, sequence: int) -> torch.Tensor:
+    """`[3, b, s]` int64, what `packed_positions` was given."""
+    raw = bytearray(zlib.decompress(base64.b64decode(packed)))
+    return torch.frombuffer(raw, dtype=torch.int32).to(torch.int64).reshape(3, batch, sequence)
+
+
+def runs(rows: torch.Tensor) -> list[list[Run]]:
+    """The runs of equal numbers in each row of `[b, s]`."""
+    return [[[value, len(list(run))] for value, run in groupby(row)] for row in rows.tolist()]
+
+
+def from_runs(rows: Sequence[Sequence[Run]]) -> torch.Tensor:
+    """`[b, s]` int64, what `runs` was given."""
+    return torch.tensor([[value for value, length in row for _ in range(length)] for row in rows], dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class VisionLanguageMicrobatches:
+    """The `runtime.microbatch_format.MicrobatchFormat` of a two-lap U.
+
+    Attributes:
+        joining_stage: the first stage that hands over tokens; those before it hand over patches.
+        vision_width, language_width: elements of a patch and of a token.
+        device: where the cloud wants its batches.
+    """
+
+    joining_stage: int
+    vision_width: int
+    language_width: int
+    device: torch.device
+
+    def told(self, batch: Batch) -> Told:
+        return {
+            "grids": batch["grids"].tolist(),
+            "segments": [[length for _, length in row] for row in runs(batch["segments"])],
+            "positions": packed_positions(batch["position_ids"]),
+        }
+
+    def in_the_cloud(self, told: Told) -> Batch:
+        segments = from_runs([list(enumerate(lengths)) for lengths in told["segments"]])
+        batch = {
+            "grids": torch.tensor(told["grids"], dtype=torch.int64).reshape(-1, 3),
+            "segments": segments,
+            "position_ids": positions_of(told["positions"], *segments.shape),
+        }
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def shape(self, told: Told, stage: int) -> tuple[int, ...]:
+        if stage < self.joining_stage:
+            return sum(t * h * w for t, h, w in told["grids"]), 1, self.vision_width
+        return sum(told["segments"][0]), len(told["segments"]), self.language_width
