@@ -9,7 +9,8 @@ needs these before its manager has read the model's json.
 
 from __future__ import annotations
 
-from ldt_schedules.mindspeed import llm, mm
+from ldt_schedules.megatron.session import Session
+from ldt_schedules.mindspeed import llm, mm, mm_vision_language
 from patches import megatron_core, megatron_training
 from patches.manager import Patch
 
@@ -54,6 +55,20 @@ MM_STARTUP: tuple[Patch, ...] = (
     ),
 )
 
+MM_VISION_LANGUAGE: tuple[Patch, ...] = (
+    _startup(
+        "mindspeed_mm.models.vlm_model:VLMModel.forward",
+        "mm_vision_language:stage_of_the_whole",
+        "a ViT layer asks Megatron for its pipeline rank to know whether it attends to windows; each site counts its own",
+    ),
+    _startup(
+        "mindspeed_mm.models.vision.vision_model:VisionModel.forward",
+        "mm_vision_language:nothing_seen",
+        "the ViT cannot make windows of no image, and a microbatch may have none",
+    ),
+)
+"""For a run whose session exchanges MM's vision-language microbatches."""
+
 FOR_LLM: tuple[Patch, ...] = (
     *megatron_core.PATCHES,
     *megatron_training.PATCHES,
@@ -87,6 +102,19 @@ def install() -> None:
         patches.manager.PatchError: the wrong moment, or something that does not fit what is installed, by name.
     """
     mm.take_over(FOR_MM, MM_STARTUP)
+
+
+def serve_vision_language(run: Session) -> None:
+    """Let `run` train MindSpeed-MM's vision-language model: Qwen2-VL and Qwen2.5-VL, in two laps, three chunks a process.
+
+    Call it after `join_link`, on both sites, with MM's arguments set. The cloud is told grids, padding and positions of each
+    microbatch, see `ldt_schedules.mindspeed.mm_microbatches`.
+
+    Raises:
+        ldt_schedules.errors.ConfigError: a model, or an option, that cannot be split so.
+        patches.manager.PatchError: MM's model is not the one that was patched.
+    """
+    mm_vision_language.serve(run, MM_VISION_LANGUAGE)
 
 
 def install_llm() -> None:

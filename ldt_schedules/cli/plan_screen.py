@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -11,8 +12,12 @@ from rich.table import Table
 from ldt_schedules.cli.problem_input import PlanInput
 from ldt_schedules.planning.budgets import COMPARED
 from ldt_schedules.planning.evaluation import Evaluation, depths, worth_of_memory
+from ldt_schedules.planning.layout import Layout
 from ldt_schedules.planning.problem import Problem
 from ldt_schedules.rendering.panel import rank_name
+
+if TYPE_CHECKING:
+    from ldt_schedules.training.cost_model import CostRow
 
 _FEW_ACTIONS = 4000
 """Up to here what-if plans take a moment; beyond, they are left out."""
@@ -36,6 +41,8 @@ def show(
         f"microbatches; times in {_long(given.time_unit)}, memory budget {budget}",
         soft_wrap=True,
     )
+    if any(stage.frozen for stage in layout.stages):
+        console.print(f"frozen: {_frozen(layout)}", soft_wrap=True)
     if given.rows:
         console.print(_stages(given))
     console.print(_candidates(given, problem, candidates, chosen))
@@ -53,16 +60,34 @@ def show(
         console.print(f"measured steps: ldt draw {given.traces[0]}, …", soft_wrap=True)
 
 
+def _frozen(layout: Layout) -> str:
+    """`0 head, 1 cloud1 without a backward; 3 tail passing gradients on`."""
+    frozen = [stage for stage in layout.stages if stage.frozen]
+    told = []
+    for has_backward, what in ((False, " without a backward"), (True, " passing gradients on")):
+        names = [f"{stage.index} {stage.name}" for stage in frozen if layout.has_backward(stage.index) == has_backward]
+        told += [", ".join(names) + what] if names else []
+    return "; ".join(told)
+
+
 def _stages(given: PlanInput) -> Table:
     table = _new("Stages of one microbatch", ("stage", "on", "layers", "GFLOP forward", "ms forward", "ms backward",
                  "MiB kept", "MiB sent"))  # fmt: skip
     for row in given.rows:
         sent = "" if row.message_mib is None else f"{row.message_mib:.3g}"
         table.add_row(
-            f"{row.stage} {row.name}", rank_name(row.rank, given.problem.layout), str(row.layers), f"{row.forward_gflop:.3g}",
+            f"{row.stage} {row.name}", rank_name(row.rank, given.problem.layout), _layers(row), f"{row.forward_gflop:.3g}",
             f"{row.forward_ms:.3g}", f"{row.backward_ms:.3g}", f"{row.activation_mib:.3g}", sent,
         )  # fmt: skip
     return table
+
+
+def _layers(row: CostRow) -> str:
+    """`7`; of a vision-language model `7 vision`, `1 vision + 2 language`."""
+    if row.vision_layers is None:
+        return str(row.layers)
+    both = ((row.vision_layers, "vision"), (row.layers, "language"))
+    return " + ".join(f"{layers} {kind}" for layers, kind in both if layers) or "none"
 
 
 def _candidates(given: PlanInput, problem: Problem, found: Sequence[Evaluation], chosen: Evaluation) -> Table:

@@ -39,7 +39,7 @@ def train(
     json_output: _Json = False,
     dry_run: _DryRun = False,
 ) -> None:
-    """Train a GPT whose data and ends stay on the edge and whose middle runs in the cloud."""
+    """Train a GPT, or a vision-language model, whose data and ends stay on the edge and whose middle runs in the cloud."""
     from ldt_schedules.training.config import load_config
 
     loaded = load_config(config, overrides or [])
@@ -54,7 +54,6 @@ def train(
 
 def _launch(path: Path, config: TrainConfig, overrides: list[str], json_output: bool) -> None:
     """Start all processes of both sites on this machine."""
-    from ldt_schedules.training.data import check_data
     from ldt_schedules.training.launcher import ChildFailed, Stopped
     from ldt_schedules.training.local_run import run_locally
 
@@ -63,13 +62,25 @@ def _launch(path: Path, config: TrainConfig, overrides: list[str], json_output: 
             "this process was started by torchrun (RANK is set), but it is not said for which site; "
             "start each site with its own torchrun and --site edge or --site cloud, or run without torchrun"
         )
-    check_data(config)
+    _check_data(config)
     _check_table(config)
     try:
         run_locally(str(path), config, overrides, json_output=json_output)
     except (ChildFailed, Stopped) as error:
         typer.echo(f"ldt: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
+
+
+def _check_data(config: TrainConfig) -> None:
+    """Find the usual mistakes about the data before processes start."""
+    if config.has_vision:
+        from ldt_schedules.training.run_data import prepare_images
+
+        prepare_images(config)
+    else:
+        from ldt_schedules.training.data import check_data
+
+        check_data(config)
 
 
 def _check_clipping(config: TrainConfig) -> None:
@@ -147,10 +158,10 @@ def _show(config: TrainConfig, json_output: bool) -> None:
     from rich.console import Console
 
     from ldt_schedules.training.describe import describe_run
+    from ldt_schedules.training.run_data import vocab_size_of
     from ldt_schedules.training.screens import first_screen
-    from ldt_schedules.training.tokenizer import open_tokenizer
 
-    run = describe_run(config, open_tokenizer(config.data.tokenizer).vocab_size)
+    run = describe_run(config, vocab_size_of(config))
     if json_output:
         json.dump({**asdict(run), "parameters": run.parameters}, sys.stdout)
         sys.stdout.write("\n")

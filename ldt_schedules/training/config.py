@@ -19,10 +19,12 @@ from pydantic import Field, SkipValidation, ValidationError, model_validator
 
 from ldt_schedules.errors import ConfigError
 from ldt_schedules.planning.errors import ScheduleError
+from ldt_schedules.planning.lap_layers import LapLayers, frozen_stages, parse_lap_layers
 from ldt_schedules.planning.layers import parse_layers, read_layers
 from ldt_schedules.planning.layout import Layout
 from ldt_schedules.topology import Site, SiteSize, Topology, nearest_multiples
 from ldt_schedules.training.config_file import apply_overrides, explain, keys_of, read_yaml
+from ldt_schedules.training.huggingface_model import with_sizes
 from ldt_schedules.training.sections import (
     DataSection,
     EdgeSection,
@@ -33,14 +35,21 @@ from ldt_schedules.training.sections import (
     Section,
     SitesSection,
     TrainSection,
+    VisionSection,
 )
+from ldt_schedules.training.vision_config import TWO_LAPS, vision_problems
 
 SITE_LOCAL_KEYS = (
+    "model.hf",
     "data.path",
+    "data.on_bad_sample",
+    "data.padding_side",
     "data.tokenizer",
     "data.validation_fraction",
     "schedule.table",
     "train.log_interval",
+    "train.log_tps",
+    "train.save_hf",
     "train.output_dir",
     "train.threads",
     "train.recompute",
@@ -61,8 +70,11 @@ class TrainConfig(Section):
 
     model: ModelSection = ModelSection()  # type: ignore[call-arg]
     layers: Annotated[Any, SkipValidation] = Field(
-        None, description="layers of head, cloud 1.., tail: [1, 3, 3, 1] or Et|t*3|t*3|tL; null splits evenly"
+        None,
+        description="layers of head, cloud 1.., tail: [1, 3, 3, 1] or Et|t*3|t*3|tL; null splits evenly. With vision "
+        "{vit: [3, 7, 7, 1], llm: [0, 16, 16, 0]}",
     )
+    vision: VisionSection = VisionSection()  # type: ignore[call-arg]
     sites: SitesSection = SitesSection()
     schedule: ScheduleSection = ScheduleSection()  # type: ignore[call-arg]
     data: DataSection = DataSection()  # type: ignore[call-arg]
@@ -79,6 +91,16 @@ class TrainConfig(Section):
     def layer_split(self) -> tuple[int, ...]:
         """Layers of each stage: head, cloud 1, ..., tail; one number when the edge is alone."""
         return parse_layers(self.layers, self.model.num_layers, self.num_pipeline_ranks)
+
+    @property
+    def has_vision(self) -> bool:
+        """Is it a vision-language model, whose microbatches walk the U twice?"""
+        return self.vision.num_layers > 0
+
+    @cached_property
+    def lap_layers(self) -> LapLayers:
+        """Layers of each stage of a vision-language model."""
+        return parse_lap_layers(self.layers, self.vision.num_layers, self.model.num_layers, self.num_pipeline_ranks)
 
     @property
     def data_parallel(self) -> int:
@@ -107,7 +129,10 @@ class TrainConfig(Section):
     @cached_property
     def layout(self) -> Layout:
         """The U, with a cloud pipeline for each domain; not for an edge that is alone."""
-        return Layout.u(self.num_pipeline_ranks, self.topology.domains)
+        if not self.has_vision:
+            return Layout.u(self.num_pipeline_ranks, self.topology.domains)
+        layout = Layout.laps(self.num_pipeline_ranks, 2, self.topology.domains)
+        return layout.freeze(frozen_stages(self.lap_layers, frozenset(self.vision.frozen)))
 
     def site_processes(self, site: Site) -> int:
         """Processes of one site; 0 for the cloud of an edge that is alone."""
@@ -120,9 +145,21 @@ class TrainConfig(Section):
     def _both_sites(self) -> tuple[EdgeSection, EdgeSection]:
         return self.sites.edge, self.sites.cloud
 
+    @model_validator(mode="before")
+    @classmethod
+    def _derive_planner(cls, given: Any) -> Any:
+        """The published order goes round once, or twice."""
+        if not isinstance(given, dict) or not isinstance(given.get("vision"), dict):
+            return given
+        schedule = given.get("schedule", {})
+        if given["vision"].get("num_layers") and isinstance(schedule, dict):
+            return {**given, "schedule": {"planner": TWO_LAPS, **schedule}}
+        return given
+
     @model_validator(mode="after")
     def _check_across_keys(self) -> TrainConfig:
         problems = [*self._site_problems(), *self._model_problems(), *self._batch_problems(), *self._trace_problems()]
+        problems += vision_problems(self)
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -136,6 +173,12 @@ class TrainConfig(Section):
 
     def _layer_problems(self) -> Iterator[str]:
         ranks = self.sites.cloud.pipeline_ranks
+        if self.has_vision:
+            try:
+                self.lap_layers  # noqa: B018 - computed for its errors
+            except ScheduleError as error:
+                yield f"{error} (keys: layers, vision.num_layers, model.num_layers, sites.cloud.pipeline_ranks)"
+            return
         try:
             given = () if self.layers is None else read_layers(self.layers)
             cloud_stages = len(given) - 2
@@ -208,6 +251,10 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
     """
     content = apply_overrides(read_yaml(path), overrides)
     try:
+        content = with_sizes(content)
+    except ConfigError as error:
+        raise ConfigError(f"config {path}: model.hf: {error}") from None
+    try:
         return TrainConfig.model_validate(content)
     except ValidationError as error:
         raise ConfigError(f"config {path}:\n" + _indented(explain(error, TrainConfig))) from None
@@ -219,7 +266,12 @@ def shared_fingerprint(config: TrainConfig) -> dict[str, Any]:
     The layer split is in it as numbers, so that two ways to write one split agree.
     """
     content = config.model_dump(mode="json", exclude={"layers"})
-    content["layers"] = list(config.layer_split)
+    # Lists, as they come back from the other site.
+    content["layers"] = (
+        {"vit": list(config.lap_layers.vit), "llm": list(config.lap_layers.llm)}
+        if config.has_vision
+        else list(config.layer_split)
+    )
     shared = sorted(set(keys_of(TrainConfig)) - set(SITE_LOCAL_KEYS))
     return {key: reduce(getitem, key.split("."), content) for key in shared}
 

@@ -14,7 +14,7 @@ A layer of hidden size h, MLP width f, a heads of width d, g key/value heads, on
 
 The core has no weights, so its whole backward belongs to I. megatron-core's local attention computes the full square of
 scores and masks half of it afterwards, so the full square is counted, and kept. Norms, activations and the embedding are
-neglected. What memory holds is worked out in `shapes.py`.
+neglected. What memory holds is worked out in `shapes.py`; both, of a vision-language model, in `vision_work.py`.
 """
 
 from __future__ import annotations
@@ -30,40 +30,26 @@ from ldt_schedules.planning.layout import EDGE_RANK, Layout
 from ldt_schedules.planning.problem import Problem
 from ldt_schedules.topology import Site
 from ldt_schedules.training.config import TrainConfig
-from ldt_schedules.training.describe import ELEMENT_BYTES, padded_vocab_size, stage_parameters
+from ldt_schedules.training.parameters import (
+    ELEMENT_BYTES,
+    bytes_vocab_size,
+    padded_vocab_size,
+    stage_parameters,
+    trained_parameters,
+)
 from ldt_schedules.training.shapes import FP32_BYTES, Shapes
-from ldt_schedules.training.tokenizer import ByteTokenizer
+from ldt_schedules.training.stage_work import StageWork
+from ldt_schedules.training.vision_parts import lap_stages
+from ldt_schedules.training.vision_work import (
+    vision_activation_bytes,
+    vision_messages,
+    vision_stage_work,
+    vision_workspace,
+)
 
 GIB, MIB = 2**30, 2**20
 
 _OTHER_SHAPES = ("num_moe_experts", "kv_channels", "multi_latent_attention", "mtp_num_layers", "context_parallel_size")
-
-
-@dataclass(frozen=True, slots=True)
-class StageWork:
-    """Floating-point operations of one microbatch in one stage, all tensor-parallel processes together.
-
-    Attributes:
-        linear: products with weights, in a forward.
-        core: attention's products of activations with activations, in a forward.
-        recomputed: the part of the forward that the backward does again.
-    """
-
-    linear: float
-    core: float
-    recomputed: float
-
-    @property
-    def forward(self) -> float:
-        return self.linear + self.core
-
-    @property
-    def input_grad(self) -> float:
-        return self.linear + 2 * self.core + self.recomputed
-
-    @property
-    def weight_grad(self) -> float:
-        return self.linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +60,9 @@ class CostRow:
     name: str
     rank: int
     layers: int
+    """Of the language model."""
+    vision_layers: int | None
+    """Of the ViT; None of a model of text alone."""
     forward_gflop: float
     forward_ms: float
     backward_ms: float
@@ -114,6 +103,7 @@ def problem_of(config: TrainConfig, vocab_size: int | None = None) -> Problem:
         links=tuple(_shared_wires(config)),
         forward_size=message,
         backward_size=message,
+        sizes=vision_messages(config) if config.has_vision else (),
     )
     caps = tuple(_cap(config, layout, rank, vocab) for rank in range(layout.num_ranks))
     try:
@@ -127,24 +117,23 @@ def problem_of(config: TrainConfig, vocab_size: int | None = None) -> Problem:
 
 def stage_work(config: TrainConfig, vocab_size: int) -> tuple[StageWork, ...]:
     """Of each stage, head first. `vocab_size` is the padded one."""
+    if config.has_vision:
+        return vision_stage_work(config, vocab_size)
     shapes, model = Shapes.of(config, Site.EDGE), config.model
-    tokens, hidden = shapes.tokens, model.hidden_size
-    widths = (hidden + 2 * shapes.kv_width) + hidden + model.ffn_hidden_size * (3 if shapes.gated else 2)
-    linear = 2.0 * tokens * hidden * widths
-    core = 2.0 * tokens * 2 * model.seq_length * hidden
+    linear, core = shapes.layer_work(model.seq_length)
     again = {"none": 0.0, "selective": core, "full": linear + core}[config.train.recompute]
-    output = 2.0 * tokens * hidden * vocab_size
+    output = 2.0 * shapes.tokens * model.hidden_size * vocab_size
     last = len(config.layer_split) - 1
     return tuple(
-        StageWork(
-            linear=layers * linear + (output if stage == last else 0.0), core=layers * core, recomputed=layers * again
-        )
+        StageWork.of(layers * linear + (output if stage == last else 0.0), layers * core, layers * again)
         for stage, layers in enumerate(config.layer_split)
     )
 
 
 def activation_bytes(config: TrainConfig, vocab_size: int) -> tuple[float, ...]:
     """What one microbatch keeps in each stage from F to B, on one tensor-parallel process. Padded `vocab_size`."""
+    if config.has_vision:
+        return vision_activation_bytes(config, vocab_size)
     kept, last = [], len(config.layer_split) - 1
     for stage, layers in enumerate(config.layer_split):
         shapes = Shapes.of(config, Site.EDGE if stage in (0, last) else Site.CLOUD)
@@ -161,20 +150,24 @@ def activation_bytes(config: TrainConfig, vocab_size: int) -> tuple[float, ...]:
 
 
 def static_bytes(config: TrainConfig, rank: int, vocab_size: int) -> float:
-    """Weights, gradients and optimizer states of one process of a pipeline rank. Padded `vocab_size`."""
+    """Weights, gradients and optimizer states of one process of a pipeline rank; what is frozen has weights alone. Padded
+    `vocab_size`."""
     element, size = ELEMENT_BYTES[config.model.precision], config.topology.size(_site(rank))
     wide = max(element, FP32_BYTES)
     # The fp32 copy of 16-bit weights; Adam's two moments (SGD runs without any). Replicas may share them.
     states = (FP32_BYTES if element < FP32_BYTES else 0) + (2 * wide if config.train.optimizer == "adam" else 0)
-    each = element + wide + states / (size.data if config.train.distributed_optimizer else 1)
-    counts = stage_parameters(config, vocab_size)
-    return sum(counts[stage] for stage in config.layout.stages_on(rank)) * each / size.tensor
+    learning = wide + states / (size.data if config.train.distributed_optimizer else 1)
+    counts, trained = stage_parameters(config, vocab_size), trained_parameters(config, vocab_size)
+    mine = config.layout.stages_on(rank)
+    held = sum(counts[stage] for stage in mine) * element + sum(trained[stage] for stage in mine) * learning
+    return held / size.tensor
 
 
 def describe_costs(problem: Problem, config: TrainConfig) -> list[CostRow]:
     """The problem as a table for people, modelled or measured (then with the times of microbatch 0)."""
     costs, layout = problem.costs, problem.layout
     work = stage_work(config, _padded_vocab(config, None))
+    split = lap_stages(config) if config.has_vision else tuple((None, layers) for layers in config.layer_split)
     rows = []
     for stage in layout.stages:
         consumers = layout.consumers(stage.index)
@@ -184,7 +177,8 @@ def describe_costs(problem: Problem, config: TrainConfig) -> list[CostRow]:
                 stage=stage.index,
                 name=stage.name,
                 rank=stage.ranks[0],
-                layers=config.layer_split[stage.index],
+                layers=split[stage.index][1],
+                vision_layers=split[stage.index][0],
                 forward_gflop=work[stage.index].forward / 1e9,
                 forward_ms=1e3 * costs.time(Kind.F, stage.index, 0),
                 backward_ms=1e3 * sum(costs.time(kind, stage.index, 0) for kind in kinds),
@@ -200,9 +194,10 @@ def _site(rank: int) -> Site:
 
 
 def _padded_vocab(config: TrainConfig, vocab_size: int | None) -> int:
-    if vocab_size is None:
-        is_bytes = config.data.tokenizer == "bytes"
-        vocab_size = ByteTokenizer.vocab_size if is_bytes else config.hardware.vocab_size
+    if vocab_size is None and config.data.tokenizer == "bytes":
+        vocab_size = bytes_vocab_size(config)
+    elif vocab_size is None:
+        vocab_size = config.hardware.vocab_size
     return padded_vocab_size(vocab_size, config.sites.edge.tensor_parallel)
 
 
@@ -235,7 +230,7 @@ def _cap(config: TrainConfig, layout: Layout, rank: int, vocab_size: int) -> flo
     if gib is None:
         return None
     static = static_bytes(config, rank, vocab_size)
-    workspace = Shapes.of(config, site).workspace(config.train.recompute, vocab_size if site is Site.EDGE else 0)
+    workspace = _workspace(config, site, vocab_size if site is Site.EDGE else 0)
     if static + workspace >= gib * GIB:
         raise ConfigError(
             f"pipeline rank {rank} does not fit: hardware.{site}_memory_gib is {gib:g}, but weights, gradients and "
@@ -243,3 +238,9 @@ def _cap(config: TrainConfig, layout: Layout, rank: int, vocab_size: int) -> flo
             f"give more memory, fewer layers to stages {list(layout.stages_on(rank))} or more tensor_parallel"
         )
     return float(gib * GIB - static - workspace)
+
+
+def _workspace(config: TrainConfig, site: Site, vocab_size: int) -> float:
+    if config.has_vision:
+        return vision_workspace(config, site, vocab_size)
+    return Shapes.of(config, site).workspace(config.train.recompute, vocab_size)

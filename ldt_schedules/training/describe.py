@@ -1,78 +1,46 @@
-"""From a config to the description of its run, by arithmetic on shapes: nothing is built, nothing is started.
-
-The parameter count is that of megatron-core's GPTModel with its local layer spec:
-
-    layer   norm, QKV [h, d(heads + 2 groups)], projection [h, h], norm, MLP up [h, f] (twice for a gate), down [f, h]
-    head    embedding [V, h], learned positions [s, h]
-    tail    norm, output [V, h] (none where it is tied to the embedding: both live in the edge process)
-"""
+"""From a config to the description of its run, by arithmetic on shapes: nothing is built, nothing is started."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 
+from ldt_schedules.planning.layout import EDGE_RANK, Layout
 from ldt_schedules.topology import Site
 from ldt_schedules.training.config import TrainConfig
+from ldt_schedules.training.parameters import (
+    ELEMENT_BYTES,
+    bytes_vocab_size,
+    padded_vocab_size,
+    stage_parameters,
+    trained_parameters,
+)
 from ldt_schedules.training.reports import LinkUse, RankRow, RunDescription
-from ldt_schedules.training.sections import ModelSection
-
-ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
+from ldt_schedules.training.vision_parts import joining_stage, lap_stages
+from ldt_schedules.training.vision_shapes import Patches
 
 _DEFAULT_CORPUS = "the sources of Python's standard library"
-_VOCAB_MULTIPLE = 128  # Megatron's default; matrix units like such sizes
-
-
-def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
-    """Rows of the embedding: the vocabulary, rounded up so that it divides over the tensor-parallel processes.
-
-    A power of two up to 128 processes gives the same size as 1, so that those runs hold the same model.
-    """
-    multiple = math.lcm(_VOCAB_MULTIPLE, tensor_parallel)
-    return -(-vocab_size // multiple) * multiple
-
-
-def layer_parameters(model: ModelSection) -> int:
-    """Of one transformer layer."""
-    hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    qkv = hidden + 2 * model.num_query_groups * (hidden // model.num_attention_heads)
-    up = ffn * (2 if model.activation == "swiglu" else 1)
-    weights = hidden * qkv + hidden * hidden + hidden * up + ffn * hidden
-    biases = qkv + hidden + up + hidden if model.linear_bias else 0
-    return weights + biases + 2 * _norm_parameters(model)
-
-
-def stage_parameters(config: TrainConfig, vocab_size: int) -> tuple[int, ...]:
-    """Of each stage: head, cloud stages, tail. `vocab_size` is the padded one."""
-    model = config.model
-    counts = [layers * layer_parameters(model) for layers in config.layer_split]
-    positions = model.seq_length if model.position_embedding == "learned_absolute" else 0
-    counts[0] += (vocab_size + positions) * model.hidden_size
-    counts[-1] += _norm_parameters(model) + (0 if model.tie_embeddings else vocab_size * model.hidden_size)
-    return tuple(counts)
-
-
-def _norm_parameters(model: ModelSection) -> int:
-    return model.hidden_size * (2 if model.normalization == "LayerNorm" else 1)
+_DEFAULT_CHARTS = "drawn charts with questions"
 
 
 def describe_run(config: TrainConfig, vocab_size: int) -> RunDescription:
     """What the first screen shows. `vocab_size` is the tokenizer's, before padding."""
-    model, train = config.model, config.train
+    train = config.train
+    if config.has_vision and config.data.tokenizer == "bytes":
+        vocab_size = max(vocab_size, bytes_vocab_size(config))  # the special tokens of a conversation, too
+    own_data = _DEFAULT_CHARTS if config.has_vision else _DEFAULT_CORPUS
     return RunDescription(
         ranks=tuple(_rank_rows(config, padded_vocab_size(vocab_size, config.sites.edge.tensor_parallel))),
         link=_link_use(config) if config.num_pipeline_ranks > 1 else None,
-        model=(
-            f"GPT, {model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads, "
-            f"sequence {model.seq_length}, vocabulary {vocab_size}, {model.precision}"
-        ),
-        data=f"{config.data.path or _DEFAULT_CORPUS}, tokenizer {config.data.tokenizer}",
+        model=_model(config, vocab_size),
+        data=f"{config.data.path or own_data}, tokenizer {config.data.tokenizer}",
         schedule=_schedule_name(config),
         iterations=train.iterations,
         num_microbatches=config.num_microbatches,
         global_batch_size=train.global_batch_size,
-        tokens_per_step=train.global_batch_size * model.seq_length,
+        tokens_per_step=train.global_batch_size * config.model.seq_length,
         output_dir=train.output_dir,
+        frozen=tuple(config.vision.frozen) if config.has_vision else (),
     )
 
 
@@ -84,39 +52,83 @@ def _schedule_name(config: TrainConfig) -> str:
     return config.schedule.planner
 
 
+def _model(config: TrainConfig, vocab_size: int) -> str:
+    model, vision = config.model, config.vision
+    language = f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads"
+    rest = f"sequence {model.seq_length}, vocabulary {vocab_size}, {model.precision}"
+    if not config.has_vision:
+        return f"GPT, {language}, {rest}"
+    windows = f"windows of {vision.window_size} pixels" if vision.num_layers > len(vision.full_attention_layers) else ""
+    sees = f"{vision.num_layers} layers, hidden {vision.hidden_size}, {vision.num_attention_heads} heads"
+    return f"vision: {', '.join(filter(None, (sees, windows)))}; language: {language}, {rest}"
+
+
 def _rank_rows(config: TrainConfig, padded_vocab: int) -> Iterator[RankRow]:
-    counts, split = stage_parameters(config, padded_vocab), config.layer_split
-    starts = [sum(split[:stage]) for stage in range(len(split))]
+    counts, trained = stage_parameters(config, padded_vocab), trained_parameters(config, padded_vocab)
+    vision, language = _splits(config)
     for rank in range(config.num_pipeline_ranks):
-        stages = [stage for stage in range(len(split)) if stage % config.num_pipeline_ranks == rank]
+        stages = [stage for stage in range(len(language)) if stage % config.num_pipeline_ranks == rank]
         site = Site.EDGE if rank == 0 else Site.CLOUD
         yield RankRow(
             site=str(site),
             pipeline_rank=rank,
             processes=config.topology.size(site).replicas,
-            layers=tuple((starts[s], starts[s] + split[s] - 1) for s in stages if split[s]),
+            layers=_spans(language, stages),
             parameters=sum(counts[s] for s in stages),
             holds=_edge_holds(config) if rank == 0 else (),
+            vision_layers=None if vision is None else _spans(vision, stages),
+            trained_parameters=sum(trained[s] for s in stages),
         )
+
+
+def _splits(config: TrainConfig) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
+    """Of each stage the ViT's layers (None of a model of text alone), and the language model's."""
+    if not config.has_vision:
+        return None, config.layer_split
+    stages = lap_stages(config)
+    return tuple(vision for vision, _ in stages), tuple(language for _, language in stages)
+
+
+def _spans(split: tuple[int, ...], stages: list[int]) -> tuple[tuple[int, int], ...]:
+    """First and last layer of each of `stages` that has any."""
+    return tuple((sum(split[:s]), sum(split[: s + 1]) - 1) for s in stages if split[s])
 
 
 def _edge_holds(config: TrainConfig) -> tuple[str, ...]:
     output = "output layer (the embedding's weight)" if config.model.tie_embeddings else "output layer"
-    return ("data", "labels", "embedding", output, "loss")
+    if not config.has_vision:
+        return ("data", "labels", "embedding", output, "loss")
+    return ("pixels", "tokens", "labels", "patch embedding", "projector", "embedding", output, "loss")
 
 
 def _link_use(config: TrainConfig) -> LinkUse:
     model, train = config.model, config.train
     shape = (model.seq_length, train.micro_batch_size, model.hidden_size)
-    one_tensor = math.prod(shape) * ELEMENT_BYTES[model.precision]
-    # Each way two tensors a microbatch: an activation, and the gradient of the activation that went the other way.
-    each_way, microbatches = 2 * one_tensor, config.num_microbatches * config.data_parallel
+    patches = (round(Patches.of(config).count), 1, config.vision.hidden_size) if config.has_vision else None
+    up, down = _crossing(config.layout, shape, patches or shape, joining_stage(config) if config.has_vision else 0)
+    element, microbatches = ELEMENT_BYTES[model.precision], config.num_microbatches * config.data_parallel
     return LinkUse(
         address=config.link.address if config.link.port else f"{config.link.host}, port chosen at the start",
         dtype=model.precision,
         shape=shape,
-        up_bytes_per_microbatch=each_way,
-        down_bytes_per_microbatch=each_way,
-        up_bytes_per_step=each_way * microbatches,
-        down_bytes_per_step=each_way * microbatches,
+        vision_shape=patches,
+        up_bytes_per_microbatch=up * element,
+        down_bytes_per_microbatch=down * element,
+        up_bytes_per_step=up * element * microbatches,
+        down_bytes_per_step=down * element * microbatches,
     )
+
+
+def _crossing(
+    layout: Layout, shape: tuple[int, int, int], first_lap: tuple[int, int, int], joining: int
+) -> tuple[int, int]:
+    """Elements that a microbatch sends up and down: each activation between the sites goes one way, and its gradient, if
+    anybody needs it, the other."""
+    sent = {True: 0, False: 0}
+    for stage in layout.stages[:-1]:
+        here, there = stage.ranks[0] == EDGE_RANK, layout.stages[stage.index + 1].ranks[0] == EDGE_RANK
+        if here != there:
+            size = math.prod(first_lap if stage.index < joining else shape)
+            sent[here] += size
+            sent[there] += size if layout.has_backward(stage.index) else 0
+    return sent[True], sent[False]

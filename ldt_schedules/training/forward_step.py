@@ -30,6 +30,15 @@ def forward_step(data_iterator: Iterator[dict[str, torch.Tensor]] | None, model:
     return output, partial(loss_of_tokens, batch["loss_mask"])
 
 
+def vision_language_step(data_iterator: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module) -> tuple[Any, Any]:
+    """The same for a vision-language model, whose stages read of a microbatch what they need.
+
+    In the cloud the iterator gives what the step header tells of it.
+    """
+    batch = next(data_iterator)
+    return model(batch), partial(loss_of_tokens, batch["loss_mask"]) if "loss_mask" in batch else None
+
+
 def loss_of_tokens(
     loss_mask: torch.Tensor, token_losses: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, LossReport]:

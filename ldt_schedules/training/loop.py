@@ -25,18 +25,21 @@ from ldt_schedules import device
 from ldt_schedules.megatron import session, world
 from ldt_schedules.topology import Place, Site
 from ldt_schedules.training.config import TrainConfig
-from ldt_schedules.training.data import Split, TokenDataset, batches, open_dataset
-from ldt_schedules.training.describe import describe_run, padded_vocab_size
-from ldt_schedules.training.forward_step import LossReport, forward_step
+from ldt_schedules.training.data import Split
+from ldt_schedules.training.describe import describe_run
+from ldt_schedules.training.forward_step import LossReport, forward_step, vision_language_step
 from ldt_schedules.training.handshake import agree
+from ldt_schedules.training.huggingface_model import check_save, save_weights
 from ldt_schedules.training.measured import TraceWriter, trace_writer
 from ldt_schedules.training.metrics import MetricsWriter
 from ldt_schedules.training.model import Trained, build
 from ldt_schedules.training.reports import EvalReport, RunSummary, StepReport
+from ldt_schedules.training.run_data import RunData, open_data
 from ldt_schedules.training.schedule import table_source
 from ldt_schedules.training.screens import TrainingScreen, first_screen, summary_screen
-
-_NO_EMBEDDING = 128  # rows of an embedding that the cloud does not have
+from ldt_schedules.training.tensor_parallel_batches import over_tensor_parallel
+from ldt_schedules.training.vision_model import announce_microbatches
+from ldt_schedules.training.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -44,23 +47,31 @@ class Process:
     """One process of a run: its site's world is open, the sites agree, its part of the model is built.
 
     Attributes:
-        dataset: at the edge; None in the cloud.
-        vocab_size: the tokenizer's, before padding; in the cloud, which has no embedding, of no meaning.
+        data: at the edge; None in the cloud.
+        vocabulary: of the model; in the cloud, which has no embedding, of no meaning.
+        tokens: what this process has read since it was last asked, padding left out.
     """
 
     config: TrainConfig
     place: Place
     trained: Trained
-    dataset: TokenDataset | None
-    vocab_size: int
+    data: RunData | None
+    vocabulary: Vocabulary
+    tokens: list[int] = field(default_factory=list)
 
     def microbatches(self, split: Split) -> Iterator[Any] | None:
         """Microbatches of this replica; None where they come by broadcast or are not wanted."""
-        if self.dataset is None or self.place.tensor_rank != 0:
-            return None
-        source = batches(self.dataset, self.config, split=split, data_rank=self.place.data_rank)
+        source = self._read(self.data, split) if self.data is not None and self.place.tensor_rank == 0 else None
+        # What the middle layers need of a vision-language microbatch every process of the edge must know.
+        if self.config.has_vision and self.place.site is Site.EDGE:
+            return over_tensor_parallel(source)
+        return source
+
+    def _read(self, data: RunData, split: Split) -> Iterator[Any]:
         where = device.current_device()
-        return ({name: tensor.to(where) for name, tensor in batch.items()} for batch in source)
+        for batch in data.microbatches(split, self.place.data_rank):
+            self.tokens.append(data.tokens_of(batch))
+            yield {name: tensor.to(where) for name, tensor in batch.items()}
 
     def zero_gradients(self) -> None:
         """Before the forward-backward of a training step."""
@@ -72,7 +83,7 @@ class Process:
         train = self.config.train
         replicas = self.config.topology.size(self.place.site).data
         return schedules.get_forward_backward_func()(  # type: ignore[no-any-return]
-            forward_step_func=forward_step,
+            forward_step_func=vision_language_step if self.config.has_vision else forward_step,
             data_iterator=source,
             model=[self.trained.model],
             # As Megatron counts on either site: the global batch over the site's own replicas.
@@ -106,7 +117,8 @@ def open_process(config: TrainConfig, site: Site, vocab_slices: int | None = Non
     torch.set_num_threads(config.train.threads)
     device.select_device(int(os.environ.get("LOCAL_RANK", "0")))
     tables = table_source(config) if config.num_pipeline_ranks > 1 else None
-    dataset = open_dataset(config) if place.site is Site.EDGE else None
+    data = open_data(config) if place.site is Site.EDGE else None
+    check_save(config)
     patches.apply_all()
     here = world.Address(host=os.environ["MASTER_ADDR"], port=int(os.environ["MASTER_PORT"]))
     world.open_site(topology, place, here, config.link.timeout_s, config.train.seed)
@@ -115,9 +127,12 @@ def open_process(config: TrainConfig, site: Site, vocab_slices: int | None = Non
         lead = config.link.boundary == "lead"
         run = world.join_link(topology, place, link, tables, config.link.timeout_s, config.link.backend, lead)
         agree(config, run)
-    vocab_size = _NO_EMBEDDING if dataset is None else dataset.corpus.vocab_size
-    padded = padded_vocab_size(vocab_size, vocab_slices or topology.size(Site.EDGE).tensor)
-    return Process(config, place, build(config, topology, place, padded), dataset, vocab_size)
+        if config.has_vision:
+            announce_microbatches(config, run, device.current_device())
+    vocabulary = Vocabulary()
+    if data is not None:
+        vocabulary = data.vocabulary(vocab_slices or topology.size(Site.EDGE).tensor)
+    return Process(config, place, build(config, topology, place, vocabulary), data, vocabulary)
 
 
 def run_site(config: TrainConfig, site: str, json_output: bool) -> None:
@@ -133,15 +148,16 @@ def run_site(config: TrainConfig, site: str, json_output: bool) -> None:
     else:
         for _ in loop.steps():
             pass
+    save_weights(config, process.trained.model, process.place, process.vocabulary.rows)
     world.close_site()
 
 
 def _run_and_show(loop: _Loop, json_output: bool) -> None:
     """The edge's first process: screen, metrics, summary."""
-    config, dataset = loop.process.config, loop.process.dataset
-    assert dataset is not None
+    config, data = loop.process.config, loop.process.data
+    assert data is not None
     console = Console(stderr=json_output)
-    console.print(first_screen(describe_run(config, loop.process.vocab_size)))
+    console.print(first_screen(describe_run(config, data.vocab_size)))
     start = time.perf_counter()
     with (
         MetricsWriter(config.train.output_dir) as metrics,
@@ -159,7 +175,7 @@ def _run_and_show(loop: _Loop, json_output: bool) -> None:
         iterations=config.train.iterations,
         loss=sum(last) / len(last),
         validation_loss=loop.validation_loss,
-        unigram_entropy=dataset.corpus.unigram_entropy(),
+        unigram_entropy=data.unigram_entropy(),
         bytes_up=loop.bytes_up,
         bytes_down=loop.bytes_down,
         elapsed_s=time.perf_counter() - start,
@@ -198,7 +214,7 @@ class _Loop:
         reports = self.process.forward_backward(source, forward_only=False)
         lr = self.process.trained.optimizer.param_groups[0]["lr"]
         stepped, grad_norm = self.process.update()
-        loss, up, down = self._reduced(reports)
+        loss, tokens, up, down = self._reduced(reports)
         step_s = time.perf_counter() - start
         self.losses.append(loss)
         run = session.current()
@@ -209,7 +225,8 @@ class _Loop:
             loss=loss,
             grad_norm=grad_norm,
             lr=lr,
-            tokens_per_s=config.train.global_batch_size * config.model.seq_length / step_s,
+            tokens_per_s=tokens / step_s,
+            tokens_per_sample=tokens / config.train.global_batch_size if config.train.log_tps else None,
             bytes_up=up,
             bytes_down=down,
             bubble=None if run is None else 1 - run.last_step.busy_s() / run.last_step.step_s,
@@ -230,23 +247,24 @@ class _Loop:
         self.validation_loss = sum(losses) / len(losses)
         return EvalReport(iteration, self.validation_loss, train.eval_iterations * train.global_batch_size)
 
-    def _reduced(self, reports: list[LossReport]) -> tuple[float, int, int]:
-        """Loss in nats a token, bytes up and bytes down of this step, over all processes of the edge."""
-        total = torch.zeros(4, dtype=torch.float64)
+    def _reduced(self, reports: list[LossReport]) -> tuple[float, int, int, int]:
+        """Loss in nats a token, tokens read, bytes up and bytes down of this step, over all processes of the edge."""
+        total = torch.zeros(5, dtype=torch.float64)
         if self.process.place.tensor_rank == 0:
             for report in reports:
                 loss_sum, tokens = report["lm loss"].cpu()
                 # Without per-token loss a step minimises the mean over microbatches of their means.
                 weight = 1.0 if self.process.config.train.calculate_per_token_loss else float(tokens)
                 total[:2] += torch.stack([loss_sum / weight, tokens / weight])
-        total[2:] = torch.tensor(self._traffic(), dtype=torch.float64)
+        total[2:] = torch.tensor((sum(self.process.tokens), *self._traffic()), dtype=torch.float64)
+        self.process.tokens.clear()
         if self.process.place.site is Site.EDGE and torch.distributed.get_world_size() > 1:
             total = total.to(device.current_device())
             torch.distributed.all_reduce(total)
-        loss_sum, count, up, down = total.tolist()
+        loss_sum, count, tokens, up, down = total.tolist()
         self.bytes_up += int(up)
         self.bytes_down += int(down)
-        return (loss_sum / count if count else float("nan")), int(up), int(down)
+        return (loss_sum / count if count else float("nan")), int(tokens), int(up), int(down)
 
     def _traffic(self) -> tuple[int, int]:
         """Bytes this process sent and received since it was last asked; all of an edge process's cross the link."""

@@ -39,7 +39,7 @@ TRACE_DIR = "trace"
 _HOW = "train with train.trace_iterations=3 or so, and of a run on two sites copy the trace/ of both into one directory"
 
 _FORMAT = "ldt-rank-trace/1"
-_SHAPING_KEYS = ("model.", "layers", "sites.", "train.global_batch_size", "train.micro_batch_size")
+_SHAPING_KEYS = ("model.", "vision.", "layers", "sites.", "train.global_batch_size", "train.micro_batch_size")
 
 
 def trace_writer(config: TrainConfig, place: Place) -> TraceWriter | None:
@@ -66,6 +66,8 @@ class TraceWriter:
             "rank": rank,
             "num_ranks": config.layout.num_ranks,
             "num_domains": config.topology.domains,
+            "laps": 2 if config.has_vision else 1,
+            "frozen": [stage.index for stage in config.layout.stages if stage.frozen],
             "num_microbatches": config.num_microbatches,
             "config": _shaping(config),
             "steps": [],
@@ -119,12 +121,19 @@ def measured_problem(run_dir: str | Path, config: TrainConfig) -> Problem:
     modelled = problem_of(config)
     stages = range(len(modelled.layout.stages))
     times = _medians(_read_run(run_dir, config))
-    missing = [s for s in stages if (Kind.F, s) not in times or not {(Kind.B, s), (Kind.W, s)} & times.keys()]
+    missing = [
+        s
+        for s in stages
+        if (Kind.F, s) not in times
+        or (modelled.layout.has_backward(s) and not {(Kind.B, s), (Kind.W, s)} & times.keys())
+    ]
     if missing:
         raise ConfigError(f"the trace in {run_dir} has no forward or no backward of stages {missing}; {_HOW}")
     costs = modelled.costs
 
     def backward(stage: int, kind: Kind) -> float:
+        if not modelled.layout.has_backward(stage):
+            return 0.0
         if (kind, stage) in times:
             return times[kind, stage]
         if kind is Kind.B:
@@ -179,10 +188,15 @@ class _RankTrace:
     num_microbatches: int
     config: dict[str, Any]
     steps: dict[int, _Step]
+    laps: int
+    frozen: tuple[int, ...]
 
     @property
     def layout(self) -> Layout:
-        return Layout.u(1 + (self.num_ranks - 1) // self.num_domains, self.num_domains)
+        places = 1 + (self.num_ranks - 1) // self.num_domains
+        if self.laps == 1:
+            return Layout.u(places, self.num_domains)
+        return Layout.laps(places, self.laps, self.num_domains).freeze(self.frozen)
 
 
 def _timelines(ranks: list[_RankTrace]) -> dict[int, Timeline]:
@@ -247,7 +261,9 @@ def _read_rank(path: Path) -> _RankTrace:
         if not steps:
             raise ValueError("it has no step")
         numbers = (int(content[key]) for key in ("num_ranks", "num_domains", "num_microbatches"))
-        return _RankTrace(*numbers, content["config"], steps)
+        # Traces of models of text did not say these two.
+        laps, frozen = int(content.get("laps", 1)), tuple(int(stage) for stage in content.get("frozen", ()))
+        return _RankTrace(*numbers, content["config"], steps, laps, frozen)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, ScheduleError) as error:

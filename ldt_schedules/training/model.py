@@ -27,7 +27,11 @@ from ldt_schedules.megatron.layer_span import span_of
 from ldt_schedules.megatron.modalities import Modality
 from ldt_schedules.topology import Place, Site, Topology
 from ldt_schedules.training.config import TrainConfig
+from ldt_schedules.training.huggingface_model import load_weights
 from ldt_schedules.training.layer_spec import block_spec
+from ldt_schedules.training.vision_config import mrope_section
+from ldt_schedules.training.vision_model import vision_language_module
+from ldt_schedules.training.vocabulary import Vocabulary
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 _ACTIVATIONS = {"gelu": (functional.gelu, False), "swiglu": (functional.silu, True)}
@@ -67,6 +71,8 @@ def transformer_config(config: TrainConfig, topology: Topology, site: Site) -> T
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups,
+        layernorm_epsilon=model.norm_eps,
+        add_qkv_bias=model.qkv_bias,
         normalization=model.normalization,
         activation_func=activation,
         gated_linear_unit=gated,
@@ -93,6 +99,8 @@ def transformer_config(config: TrainConfig, topology: Topology, site: Site) -> T
         apply_rope_fusion=False,
         deallocate_pipeline_outputs=True,
     )
+    if config.has_vision:
+        ours["mrope_section"] = mrope_section(config)
     return TransformerConfig(**{**ours, **model.megatron})
 
 
@@ -113,6 +121,7 @@ def _gpt(
         parallel_output=True,
         share_embeddings_and_output_weights=tied,
         position_embedding_type=model.position_embedding,
+        rotary_base=int(model.rope_theta),
     )
     # torch's norms are made in float32. Megatron's Float16Module narrows them; nothing of Megatron's widens them.
     return gpt.double() if model.precision == "fp64" else gpt
@@ -122,14 +131,13 @@ def build(
     config: TrainConfig,
     topology: Topology,
     place: Place,
-    vocab_size: int,
+    vocabulary: Vocabulary,
     ddp_config: DistributedDataParallelConfig | None = None,
     modalities: Sequence[Modality] = (),
 ) -> Trained:
     """Model, optimizer and learning-rate schedule of this process.
 
     Args:
-        vocab_size: rows of the embedding, already a multiple of the edge's tensor-parallel size.
         ddp_config: how gradients are reduced inside the site; default Megatron's, without overlap.
         modalities: encoders beside the text, as stages of the edge.
 
@@ -137,10 +145,16 @@ def build(
         ConfigError: `model.megatron` names a field that TransformerConfig does not have.
     """
     whole = transformer_config(config, topology, place.site)
-    provider = partial(_gpt, train=config, vocab_size=vocab_size)
-    tied = config.model.tie_embeddings
-    module = build_chunks(whole, config.layer_split, place, provider, tied, modalities=modalities)
-    initialize_by_name(module, whole, config.train.seed)
+    if config.has_vision:
+        module = vision_language_module(config, whole, place, vocabulary)
+    else:
+        provider = partial(_gpt, train=config, vocab_size=vocabulary.rows)
+        tied = config.model.tie_embeddings
+        module = build_chunks(whole, config.layer_split, place, provider, tied, modalities=modalities)
+    if config.model.hf is None:
+        initialize_by_name(module, whole, config.train.seed)
+    else:
+        load_weights(config, module, place, vocabulary.rows)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "Apex is not installed" and the like: said once by Megatron's import
         if ddp_config is None:

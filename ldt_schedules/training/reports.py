@@ -13,6 +13,8 @@ class RankRow:
         layers: spans of layer numbers from 0, first and last included; empty stages are left out.
         parameters: over all tensor-parallel processes of one replica.
         holds: what it has besides layers, in words.
+        vision_layers: the ViT's, as `layers` are the language model's; None of a model of text alone.
+        trained_parameters: those of `parameters` that learn.
     """
 
     site: str
@@ -21,6 +23,8 @@ class RankRow:
     layers: tuple[tuple[int, int], ...]
     parameters: int
     holds: tuple[str, ...]
+    vision_layers: tuple[tuple[int, int], ...] | None
+    trained_parameters: int
 
 
 @dataclass(frozen=True)
@@ -28,11 +32,17 @@ class LinkUse:
     """What crosses the link between the sites, in bytes of tensor payload.
 
     `up` is edge to cloud (the head's activation, the gradient of the tail's input), `down` is cloud to edge.
+
+    Attributes:
+        shape: `[s, b, h]`, between stages with language layers.
+        vision_shape: `[patches, 1, h_vision]`, between those with ViT layers; None of a model of text alone. How many
+            patches there are, the images decide: it is an estimate, and so are the bytes then.
     """
 
     address: str
     dtype: str
     shape: tuple[int, int, int]
+    vision_shape: tuple[int, int, int] | None
     up_bytes_per_microbatch: int
     down_bytes_per_microbatch: int
     up_bytes_per_step: int
@@ -41,7 +51,7 @@ class LinkUse:
 
 @dataclass(frozen=True)
 class RunDescription:
-    """The whole run as it is about to start. `link` is None when the edge is alone."""
+    """The whole run as it is about to start. `link` is None when the edge is alone; `frozen` names what does not learn."""
 
     ranks: tuple[RankRow, ...]
     link: LinkUse | None
@@ -53,11 +63,17 @@ class RunDescription:
     global_batch_size: int
     tokens_per_step: int
     output_dir: str
+    frozen: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
         """Of the whole model."""
         return sum(row.parameters for row in self.ranks)
+
+    @property
+    def trained_parameters(self) -> int:
+        """Those that learn."""
+        return sum(row.trained_parameters for row in self.ranks)
 
 
 @dataclass(frozen=True)
@@ -68,6 +84,7 @@ class StepReport:
         iteration: 1 for the first step.
         loss: nats a token; nan where the step gave none.
         grad_norm: L2 norm of the whole model's gradient, before clipping; None where it was not computed.
+        tokens_per_sample: images and text, padding left out; None where it was not asked for.
         bytes_up, bytes_down: across the link in this step, all edge processes together.
         bubble: idle share of the edge's step, 0..1; None where it was not measured.
         skipped: no update, because a gradient was not finite.
@@ -84,6 +101,7 @@ class StepReport:
     bubble: float | None
     skipped: bool
     step_s: float
+    tokens_per_sample: float | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +120,8 @@ class RunSummary:
     Attributes:
         loss: nats a token, mean of the last steps.
         validation_loss: of the last evaluation; None without one.
-        unigram_entropy: of the corpus, nats a token: what a model without context could reach at best.
+        unigram_entropy: of the corpus, nats a token: what a model without context could reach at best; None where that
+            says nothing.
         bytes_up, bytes_down: across the link in the whole run.
         metrics_path: where every step is written down.
     """
@@ -110,7 +129,7 @@ class RunSummary:
     iterations: int
     loss: float
     validation_loss: float | None
-    unigram_entropy: float
+    unigram_entropy: float | None
     bytes_up: int
     bytes_down: int
     elapsed_s: float

@@ -7,6 +7,7 @@ On a terminal a progress bar is redrawn in place. Elsewhere (a log file, CI) the
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from types import TracebackType
 
 from rich import box
@@ -20,6 +21,10 @@ from ldt_schedules.training.reports import EvalReport, LinkUse, RankRow, RunDesc
 _BAR_WIDTH = 16
 _MIN_WIDTH = {"site": 5, "pipeline rank": 8, "processes": 9, "layers": 6, "parameters": 10, "holds": 10}
 _NEVER_CROSSES = "data, tokens, labels, loss masks, logits, loss, and the first and last layers"
+_NEVER_CROSSES_OF_IMAGES = (
+    "pixels, tokens, labels, loss masks, logits, loss, and the weights of patch embedding, projector, embedding and output "
+    "layer"
+)
 
 
 def first_screen(run: RunDescription) -> RenderableType:
@@ -37,21 +42,33 @@ def _facts(run: RunDescription) -> list[tuple[str, str]]:
         f"{run.num_microbatches} microbatches for each replica"
     )
     facts = [("data", f"{run.data} (opened on the edge only)"), ("run", steps), ("schedule", run.schedule)]
+    if run.frozen:
+        learn = f"{human_count(run.trained_parameters)} of {human_count(run.parameters)} parameters learn"
+        facts.append(("frozen", f"{', '.join(run.frozen)}: {learn}"))
     if run.link is None:
         facts.append(("link", "none: everything runs on the edge"))
     else:
-        facts += [("link", run.link.address), ("crosses it", _crossing(run.link)), ("never crosses", _NEVER_CROSSES)]
+        never = _NEVER_CROSSES if run.link.vision_shape is None else _NEVER_CROSSES_OF_IMAGES
+        facts += [("link", run.link.address), ("crosses it", _crossing(run.link)), ("never crosses", never)]
     return [*facts, ("output", run.output_dir)]
 
 
 def _crossing(link: LinkUse) -> str:
-    shape = "×".join(map(str, link.shape))
+    tensors, told = f"[s, b, h] = {_shape(link.shape)} {link.dtype}: ", "shapes"
+    if link.vision_shape is not None:
+        first = f"[patches, 1, h] = about {_shape(link.vision_shape)} on the first lap, "
+        tensors = f"{first}[s, b, h] = {_shape(link.shape)} on the second, {link.dtype}: about "
+        told = "sizes of the images, positions of the tokens, where samples and padding begin"
     return (
-        f"activations and their gradients, [s, b, h] = {shape} {link.dtype}: "
+        f"activations and their gradients, {tensors}"
         f"up {human_bytes(link.up_bytes_per_microbatch)} and down {human_bytes(link.down_bytes_per_microbatch)} "
         f"a microbatch, {human_bytes(link.up_bytes_per_step)} and {human_bytes(link.down_bytes_per_step)} a step; "
-        "a step header (shapes, step number, plan) and three sums (gradient norm, found-inf, tokens)"
+        f"a step header ({told}, step number, plan) and three sums (gradient norm, found-inf, tokens)"
     )
+
+
+def _shape(sizes: Iterable[int]) -> str:
+    return "×".join(map(str, sizes))
 
 
 def _who(run: RunDescription) -> Table:
@@ -71,7 +88,13 @@ def _who(run: RunDescription) -> Table:
 
 
 def _layers(row: RankRow) -> str:
-    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in row.layers) or "none"
+    if row.vision_layers is None:
+        return _spans(row.layers) or "none"
+    return f"vision {_spans(row.vision_layers) or '-'}; language {_spans(row.layers) or '-'}"
+
+
+def _spans(layers: Iterable[tuple[int, int]]) -> str:
+    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in layers)
 
 
 def step_figures(step: StepReport, width: int = 10_000) -> str:
@@ -81,11 +104,12 @@ def step_figures(step: StepReport, width: int = 10_000) -> str:
         (2, f"grad {_number(step.grad_norm)}"),
         (1, f"{step.tokens_per_s:,.0f} tok/s"),
         (3, f"up {human_bytes(step.bytes_up)} down {human_bytes(step.bytes_down)}"),
+        (6, "" if step.tokens_per_sample is None else f"{step.tokens_per_sample:,.0f} tok/sample"),
         (4, f"bubble {'?' if step.bubble is None else f'{step.bubble:.0%}'}"),
         (5, f"lr {step.lr:.2e}"),
     ]
-    for least in range(5, -1, -1):
-        line = "  ".join(text for importance, text in figures if importance <= least)
+    for least in range(6, -1, -1):
+        line = "  ".join(text for importance, text in figures if text and importance <= least)
         if len(line) <= width:
             return line
     return line
@@ -103,13 +127,9 @@ def evaluation_line(evaluation: EvalReport) -> str:
 
 def summary_screen(summary: RunSummary) -> RenderableType:
     """What came of the run."""
-    entropy = summary.unigram_entropy
-    # One number a person can judge a small run by: is context used at all?
-    below = entropy - summary.loss
-    verdict = f"{below:.2f} below" if below >= 0 else f"{-below:.2f} above"
     rows = [
         ("steps", f"{summary.iterations} in {human_time(summary.elapsed_s)}"),
-        ("loss", f"{summary.loss:.4f} nats/token, {verdict} the corpus's unigram entropy ({entropy:.4f})"),
+        ("loss", f"{summary.loss:.4f} nats/token{_against_entropy(summary.loss, summary.unigram_entropy)}"),
         ("across the link", f"up {human_bytes(summary.bytes_up)}, down {human_bytes(summary.bytes_down)}"),
         ("metrics", summary.metrics_path),
     ]
@@ -119,6 +139,14 @@ def summary_screen(summary: RunSummary) -> RenderableType:
     for name, value in rows:
         grid.add_row(Text(name, style="bold"), Text(value, overflow="fold"))
     return Group("", grid)
+
+
+def _against_entropy(loss: float, entropy: float | None) -> str:
+    """One number a person can judge a small run by: is context used at all?"""
+    if entropy is None:
+        return ""
+    verdict = f"{entropy - loss:.2f} below" if entropy >= loss else f"{loss - entropy:.2f} above"
+    return f", {verdict} the corpus's unigram entropy ({entropy:.4f})"
 
 
 class TrainingScreen:

@@ -24,7 +24,7 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """The GPT that is trained. Its vocabulary comes from the tokenizer."""
+    """The language model that is trained. Its vocabulary comes from the tokenizer."""
 
     num_layers: int = Field(8, ge=1, description="transformer layers of the whole model")
     hidden_size: int = Field(128, ge=1, description="width of the residual stream, elements")
@@ -37,9 +37,18 @@ class ModelSection(Section):
     activation: Literal["gelu", "swiglu"] = Field("gelu", description="activation of the MLP")
     position_embedding: Literal["rope", "learned_absolute"] = Field("rope", description="how positions enter")
     linear_bias: bool = Field(False, description="linear layers have a bias")
+    qkv_bias: bool = Field(False, description="the projections to query, key and value have a bias")
+    norm_eps: float = Field(1e-5, gt=0.0, description="added to the variance in a norm")
+    rope_theta: float = Field(10_000.0, gt=0.0, description="base of the rotary angles")
+    mrope_section: list[int] | None = Field(
+        None, description="rotary angles for time, height and width, with vision; default: 1/4, 3/8, 3/8 of them"
+    )
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="probability of dropping an element")
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = Field("fp32", description="dtype of weights and activations")
 
+    hf: str | None = Field(
+        None, description="Hugging Face directory (config.json, safetensors): sizes and first weights come from it"
+    )
     megatron: dict[str, Any] = Field(
         default_factory=dict, description="further fields of megatron-core's TransformerConfig, by their own names"
     )
@@ -55,6 +64,35 @@ class ModelSection(Section):
         if type(given.get("num_attention_heads")) is int:
             derived.setdefault("num_query_groups", given["num_attention_heads"])
         return derived
+
+
+class VisionSection(Section):
+    """The vision encoder of a vision-language model, as Qwen2.5-VL has it. With 0 layers the model is one of text."""
+
+    num_layers: int = Field(0, ge=0, description="transformer layers of the vision encoder; 0: a model of text alone")
+    hidden_size: int = Field(64, ge=1, description="width of the vision encoder, elements")
+    ffn_hidden_size: int = Field(256, ge=1, description="width inside its MLP, elements; default 4 x hidden_size")
+    num_attention_heads: int = Field(4, ge=1, description="its attention heads")
+    patch_size: int = Field(14, ge=1, description="side of a patch, pixels")
+    temporal_patch_size: int = Field(2, ge=1, description="video frames of a patch; an image is doubled")
+    merge_size: int = Field(2, ge=1, description="a square of so many patches a side becomes one token")
+    window_size: int = Field(112, ge=1, description="side of an attention window, pixels")
+    full_attention_layers: list[int] = Field([], description="layers, from 0, that see the whole image, not a window")
+    tokens_per_second: int = Field(2, ge=1, description="steps of the time position in a second of video")
+    min_pixels: int = Field(3136, ge=1, description="smaller images are enlarged to so many pixels")
+    max_pixels: int = Field(50_176, ge=1, description="larger images are reduced to so many pixels")
+    image_token: int | None = Field(
+        None, ge=0, description="placeholder id; null: the tokenizer's, or one behind its own"
+    )
+    video_token: int | None = Field(None, ge=0, description="the same for videos")
+    frozen: list[Literal["vit", "projector", "language"]] = Field([], description="parts that are not trained")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _derive_defaults(cls, given: Any) -> Any:
+        if isinstance(given, dict) and type(given.get("hidden_size")) is int:
+            return {"ffn_hidden_size": 4 * given["hidden_size"], **given}
+        return given
 
 
 class EdgeSection(Section):
@@ -81,7 +119,9 @@ class SitesSection(Section):
 class ScheduleSection(Section):
     """In which order microbatches run through the stages."""
 
-    planner: str = Field("ldt_1f1b", description="the planner that makes the table")
+    planner: str = Field(
+        "ldt_1f1b", description="the planner that makes the table; default ldt_1f1b, with vision ldt_2lap_1f1b"
+    )
     memory: str = Field("dev", description="memory budget of auto: none, 1x, 2x, dev, 8GiB, or one amount a rank")
     table: str | None = Field(None, description="file of a ready table, used instead of the planner")
 
@@ -97,10 +137,18 @@ class DataSection(Section):
     """The corpus. Only the edge reads this section's files; it may be anything on the cloud."""
 
     path: str | None = Field(
-        None, description="text file, or .jsonl with a `text` field a line; null: the sources of Python's own library"
+        None,
+        description="text file, or .jsonl with a `text` field a line; null: the sources of Python's own library. With "
+        "vision .jsonl with `messages` a line; null: drawn charts with questions",
     )
     tokenizer: str = Field("bytes", min_length=1, description="`bytes`, or a Hugging Face directory or name")
     validation_fraction: float = Field(0.05, ge=0.0, lt=1.0, description="share of the corpus kept for evaluation")
+    padding_side: Literal["right", "left"] = Field(
+        "right", description="where short samples are filled up, with vision"
+    )
+    on_bad_sample: Literal["stop", "skip"] = Field(
+        "stop", description="what to do about a sample that cannot be used, with vision"
+    )
 
 
 class TrainSection(Section):
@@ -122,6 +170,13 @@ class TrainSection(Section):
     log_interval: int = Field(10, ge=1, description="steps between lines where the output is no terminal")
     output_dir: str = Field("runs/default", min_length=1, description="directory of logs, metrics, checkpoints")
     threads: int = Field(1, ge=1, description="torch threads of each process")
+    encoder_dp_balance: bool = Field(
+        False, description="deal the samples of a step so that replicas have equal numbers of image patches"
+    )
+    log_tps: bool = Field(False, description="log the tokens of a sample, images and text, padding left out")
+    save_hf: str | None = Field(
+        None, description="directory: write the weights there at the end, as model.hf is written"
+    )
     distributed_optimizer: bool = Field(False, description="replicas share the optimizer's states between them")
     overlap_grad_reduce: bool = Field(False, description="reduce gradients over replicas while others are computed")
     recompute: Literal["none", "full", "selective"] = Field("none", description="activations computed twice")
@@ -151,6 +206,9 @@ class HardwareSection(Section):
         1.0, gt=0.0, description="of the whole link, each way, Gbit/s; null: no limit"
     )
     vocab_size: int = Field(32_000, ge=1, description="tokens that a tokenizer other than `bytes` is taken to know")
+    images_per_sample: float = Field(
+        1.0, ge=0.0, description="images that a sample is taken to have, squares of vision.max_pixels, with vision"
+    )
 
 
 class LinkSection(Section):

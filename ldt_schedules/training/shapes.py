@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from ldt_schedules.topology import Site
 from ldt_schedules.training.config import TrainConfig
-from ldt_schedules.training.describe import ELEMENT_BYTES
+from ldt_schedules.training.parameters import ELEMENT_BYTES
+from ldt_schedules.training.sections import ModelSection
 
 FP32_BYTES = 4
 
@@ -31,8 +32,8 @@ class Shapes:
         tensor: tensor-parallel processes; `sequence` of them share what is between the parallel parts, too.
     """
 
-    config: TrainConfig
-    tokens: int
+    model: ModelSection
+    tokens: float
     element: int
     compute: int
     tensor: int
@@ -43,7 +44,7 @@ class Shapes:
         element, size = ELEMENT_BYTES[config.model.precision], config.topology.size(site)
         sequence = size.tensor if size.sequence_parallel else 1
         tokens = config.model.seq_length * config.train.micro_batch_size
-        return cls(config, tokens, element, max(element, FP32_BYTES), size.tensor, sequence)
+        return cls(config.model, tokens, element, max(element, FP32_BYTES), size.tensor, sequence)
 
     @property
     def message(self) -> float:
@@ -52,49 +53,59 @@ class Shapes:
 
     @property
     def gated(self) -> bool:
-        return self.config.model.activation == "swiglu"
+        return self.model.activation == "swiglu"
 
     @property
     def kv_width(self) -> int:
         """g d."""
-        model = self.config.model
+        model = self.model
         return model.num_query_groups * (model.hidden_size // model.num_attention_heads)
 
     @property
     def stream(self) -> float:
         """The residual stream, s b h elements, as one process holds it: what goes from layer to layer."""
-        return self.tokens * self.config.model.hidden_size * self.element / self.sequence
+        return self.tokens * self.model.hidden_size * self.element / self.sequence
 
     @property
     def norm_casts(self) -> bool:
         """Does a norm keep a wider copy of its input, not the input?"""
-        return self.config.model.normalization == "RMSNorm" and self.element < self.compute
+        return self.model.normalization == "RMSNorm" and self.element < self.compute
 
     @property
     def norm(self) -> float:
         """LayerNorm: input, output, mean and deviation. RMSNorm is composed: input and quotient as computed, output."""
-        wide = self.tokens * self.config.model.hidden_size / self.sequence
+        wide = self.tokens * self.model.hidden_size / self.sequence
         statistic = self.tokens * self.compute / self.sequence
-        if self.config.model.normalization == "LayerNorm":
+        if self.model.normalization == "LayerNorm":
             return 2 * wide * self.element + 2 * statistic
         return wide * (2 * self.compute + self.element) + statistic
 
     @property
     def dropout_mask(self) -> float:
-        wide = self.tokens * self.config.model.hidden_size / self.sequence
-        return wide * _MASK if self.config.model.dropout else 0.0
+        wide = self.tokens * self.model.hidden_size / self.sequence
+        return wide * _MASK if self.model.dropout else 0.0
+
+    def layer_work(self, attended: float) -> tuple[float, float]:
+        """Operations of one layer's forward, of all tensor-parallel processes: products with weights, attention's core.
+
+        Args:
+            attended: tokens that a token attends to, on average.
+        """
+        hidden = self.model.hidden_size
+        widths = (hidden + 2 * self.kv_width) + hidden + self.model.ffn_hidden_size * (3 if self.gated else 2)
+        return 2.0 * self.tokens * hidden * widths, 2.0 * self.tokens * 2 * attended * hidden
 
     def layer(self, recompute: str) -> float:
         """One transformer layer."""
         if recompute == "full":
             return self.stream
-        context = self.tokens * self.config.model.hidden_size * self.element / self.tensor
+        context = self.tokens * self.model.hidden_size * self.element / self.tensor
         scores = 0.0 if recompute == "selective" else self._scores
         return 2 * self.norm + self._qkv(recompute) + scores + context + self._mlp + 2 * self.dropout_mask
 
     def _qkv(self, recompute: str) -> float:
         """Rotated or regrouped queries and keys are copies; without either all three are views of one tensor."""
-        model = self.config.model
+        model = self.model
         hidden, together = model.hidden_size, model.hidden_size + 2 * self.kv_width
         rope, grouped = model.position_embedding == "rope", self.kv_width < model.hidden_size
         if recompute == "selective":  # before keys and values are repeated for their groups of heads
@@ -107,7 +118,7 @@ class Shapes:
     @property
     def _scores(self) -> float:
         """The softmax's output; what is multiplied with the values, where that is another tensor; masks."""
-        model = self.config.model
+        model = self.model
         square = self.tokens * model.seq_length * model.num_attention_heads / self.tensor
         copied = self.element < self.compute or bool(model.dropout)
         each = self.compute + (self.element if copied else 0) + (_MASK if model.dropout else 0)
@@ -116,7 +127,7 @@ class Shapes:
     @property
     def _mlp(self) -> float:
         """gelu: its input and output. A gate: both halves of the input, the second half once more, silu and product."""
-        return self.tokens * self.config.model.ffn_hidden_size * (5 if self.gated else 2) * self.element / self.tensor
+        return self.tokens * self.model.ffn_hidden_size * (5 if self.gated else 2) * self.element / self.tensor
 
     def logits(self, vocab_size: int) -> float:
         """The cross entropy's exponentials, fp32 or wider."""
@@ -125,6 +136,6 @@ class Shapes:
     def workspace(self, recompute: str, vocab_size: int) -> float:
         """What is needed once, whatever is in flight: a recomputed layer, the buffer of scores, 16-bit logits."""
         again = self.layer("none") - self.layer(recompute)
-        scores = self.tokens * self.config.model.seq_length * self.config.model.num_attention_heads * self.element
+        scores = self.tokens * self.model.seq_length * self.model.num_attention_heads * self.element
         logits = self.tokens * vocab_size * self.element if self.element < FP32_BYTES else 0
         return again + (scores + logits) / self.tensor

@@ -48,20 +48,20 @@ class HuggingFaceTokenizer:
                 "or set data.tokenizer=bytes"
             ) from None
         try:
-            self._inner: Any = AutoTokenizer.from_pretrained(name)
+            self.inner: Any = AutoTokenizer.from_pretrained(name)
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(
                 f"data.tokenizer {name!r} is not a directory or name of a Hugging Face tokenizer ({reason}); "
                 "data.tokenizer=bytes works without one"
             ) from None
-        if self._inner.eos_token_id is None:
+        if self.inner.eos_token_id is None:
             raise ConfigError(f"data.tokenizer {name!r} has no end-of-sequence token, which separates documents")
-        self.eod = int(self._inner.eos_token_id)
-        self.vocab_size = len(self._inner)
+        self.eod = int(self.inner.eos_token_id)
+        self.vocab_size = len(self.inner)
 
     def encode(self, text: str) -> np.ndarray:
-        return np.asarray(self._inner(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+        return np.asarray(self.inner(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
 
 
 def open_tokenizer(name: str) -> Tokenizer:

@@ -17,8 +17,10 @@ import numpy as np
 import torch
 
 from ldt_schedules.device import current_device
+from ldt_schedules.planning.layout import Layout
 from ldt_schedules.topology import Place, Site, SiteSize, Topology
 from ldt_schedules.training.config import TrainConfig
+from ldt_schedules.training.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from ldt_schedules.megatron.modalities import Modality
@@ -64,6 +66,21 @@ class Case:
     @property
     def num_ranks(self) -> int:
         return max(1, len(self.layers) - 1)
+
+    @property
+    def has_vision(self) -> bool:
+        return False
+
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary(VOCABULARY)
+
+    def layout(self) -> Layout:
+        """Of the split model."""
+        from ldt_schedules.megatron.modalities import layout_with
+
+        if self.modalities:
+            return layout_with(self.modalities, self.num_ranks)
+        return Layout.u(self.num_ranks, self.topology.domains)
 
     @property
     def topology(self) -> Topology:
@@ -159,9 +176,8 @@ def open_rank(case: Case, global_rank: int, ports: dict[str, int]) -> tuple[Plac
     import patches
     from ldt_schedules import device
     from ldt_schedules.megatron import world
-    from ldt_schedules.megatron.modalities import layout_with
-    from ldt_schedules.planning.layout import Layout
     from ldt_schedules.planning.planners import plan
+    from ldt_schedules.training.vision_model import announce_microbatches
     from tests.parity import gathered_attention
 
     warnings.simplefilter("ignore")
@@ -177,9 +193,7 @@ def open_rank(case: Case, global_rank: int, ports: dict[str, int]) -> tuple[Plac
     world.open_site(topology, place, here, timeout_s=60, seed=1)
     if case.num_ranks == 1:
         return place, None
-    layout = Layout.u(case.num_ranks, topology.domains)
-    if case.modalities:
-        layout = layout_with(case.modalities, case.num_ranks)
+    layout = case.layout()
     run = world.join_link(
         topology,
         place,
@@ -188,6 +202,8 @@ def open_rank(case: Case, global_rank: int, ports: dict[str, int]) -> tuple[Plac
         timeout_s=60,
         lead=case.lead,
     )
+    if case.has_vision:
+        announce_microbatches(case.config(), run, device.current_device())
     return place, run
 
 
@@ -209,7 +225,7 @@ def run_case(case: Case, place: Place) -> list[StepResult]:
     from ldt_schedules.training.model import build
 
     ddp = DistributedDataParallelConfig(**{"grad_reduce_in_fp32": case.precision != "fp64", **dict(case.ddp)})
-    trained = build(case.config(), case.topology, place, VOCABULARY, ddp, case.modalities)
+    trained = build(case.config(), case.topology, place, case.vocabulary(), ddp, case.modalities)
     for name, value in case.everywhere + case.split_only:
         setattr(trained.config, name, value(trained) if callable(value) else value)
     with nullcontext() if case.mistake is None else case.mistake(trained, session.current()):
@@ -260,15 +276,18 @@ def run_schedule(case: Case, place: Place, trained: Any, step: int, forward_only
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from ldt_schedules.training.forward_step import forward_step
+    from ldt_schedules.training.tensor_parallel_batches import over_tensor_parallel
 
     # As a training loop on either site counts: global batch over its own replicas.
     count = case.num_microbatches // (1 if place.site is Site.EDGE else case.topology.domains)
-    reads = place.site is Site.EDGE and place.tensor_rank == 0
     # Replica d of D takes microbatches d, d + D, ...
     mine = range(place.data_rank, count * case.edge.data, case.edge.data)
+    source = (case.batches or batches)(step, mine) if place.site is Site.EDGE and place.tensor_rank == 0 else None
+    if case.has_vision and place.site is Site.EDGE:
+        source = over_tensor_parallel(source)
     reports = get_forward_backward_func()(
         forward_step_func=case.forward_step or forward_step,
-        data_iterator=(case.batches or batches)(step, mine) if reads else None,
+        data_iterator=source,
         model=[trained.model],
         num_microbatches=count,
         seq_length=SEQUENCE,
@@ -287,6 +306,8 @@ def _gradients(model: torch.nn.Module) -> tuple[dict[str, np.ndarray], dict[str,
     named = list(global_parameters(model))
     reduced = dict(reduced_gradients(model, [parameter for _, parameter in named]))
     for name, parameter in named:
+        if not parameter.requires_grad:
+            continue
         gradients[name] = reduced[parameter].detach().clone().cpu().numpy()
         if getattr(parameter, "tensor_model_parallel", False):
             partition[name] = (parameter.partition_dim, parameter.partition_stride)

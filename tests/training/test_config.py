@@ -85,7 +85,11 @@ def test_edge_alone(tmp_path: Path) -> None:
             ["unknown key train.itertions", "did you mean train.iterations?", "global_batch_size"],
         ),
         ("iterations: 5", (), ["unknown key iterations", "did you mean train.iterations?"]),
-        ("modle: {}", (), ["unknown key modle", "did you mean model?", "allowed at the top: model, layers, sites"]),
+        (
+            "modle: {}",
+            (),
+            ["unknown key modle", "did you mean model?", "allowed at the top: model, layers, vision, sites"],
+        ),
         ("train: {}", ("sites.cloud.pipeline_rank=2",), ["did you mean sites.cloud.pipeline_ranks?"]),
         ("train: {iterations: '5'}", (), ["train.iterations: given '5'", "must be a valid integer", "optimizer steps"]),
         ("train: {seed: true}", (), ["train.seed: given True", "must be a valid integer"]),

@@ -21,6 +21,7 @@ from ldt_schedules.training.cost_model import (
     static_bytes,
 )
 from ldt_schedules.training.describe import ELEMENT_BYTES
+from ldt_schedules.training.vocabulary import Vocabulary
 from tests.helpers.workers import Workers, site_ports
 
 VOCABULARY = 512
@@ -81,7 +82,7 @@ def measure(
     results = {}
     for name, case in cases.items():
         config = config_of(**case)
-        results[name] = _measure_stages(config, site, build(config, topology, place, VOCABULARY))
+        results[name] = _measure_stages(config, site, build(config, topology, place, Vocabulary(VOCABULARY)))
     world.close_site()
     return results
 

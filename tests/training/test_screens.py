@@ -12,13 +12,9 @@ import pytest
 from rich.console import Console
 
 from ldt_schedules.training.config import TrainConfig
-from ldt_schedules.training.describe import (
-    describe_run,
-    layer_parameters,
-    padded_vocab_size,
-    stage_parameters,
-)
+from ldt_schedules.training.describe import describe_run
 from ldt_schedules.training.metrics import MetricsWriter
+from ldt_schedules.training.parameters import layer_parameters, padded_vocab_size, stage_parameters
 from ldt_schedules.training.reports import EvalReport, RunSummary, StepReport
 from ldt_schedules.training.screens import (
     TrainingScreen,

@@ -1,0 +1,158 @@
+"""A vision-language model on a two-lap U: losses, every gradient and every weight are those of one process."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ldt_schedules.topology import SiteSize
+from tests.parity.compare import EXACT, REORDERED, assert_parity, norm_error, run_split, run_whole
+from tests.parity.vision import SEQUENCE, case, vision_batches
+
+PLANNER = "ldt_2lap_1f1b"
+FLOAT64 = 1e-11
+
+
+def both(workers, cases):
+    return zip(cases, run_split(workers, cases), run_whole(workers, cases), strict=True)
+
+
+def check_exact(workers, cases):
+    for one, split, whole in both(workers, cases):
+        for step, (mine, reference) in enumerate(zip(split, whole, strict=True)):
+            assert mine.gradients.keys() == reference.gradients.keys()
+            assert_parity(one, mine, reference, EXACT, step=step)
+
+
+@pytest.mark.parametrize(
+    ("vit", "llm"),
+    [
+        ((1, 1, 1), (0, 2, 1)),
+        ((0, 2, 0), (0, 2, 0)),
+        ((2, 0, 1), (1, 0, 1)),
+        ((1, 1, 1, 1), (1, 1, 0, 1)),
+        ((0, 1, 1, 0), (0, 1, 1, 0)),
+        ((1, 1, 0, 1, 0), (0, 1, 1, 1, 0)),
+    ],
+    ids=str,
+)
+def test_every_gradient_and_weight_is_that_of_one_process(workers, vit, llm):
+    """Two steps of SGD, P = 2, 3, 4, more and fewer microbatches than ranks, four planners: bit for bit, in float32."""
+    cases = [case(vit, llm, 5, planner) for planner in (PLANNER, "gpipe", "one_f_one_b", "auto")]
+    cases += [case(vit, llm, count, PLANNER) for count in (1, 2, 3)]
+    check_exact(workers, cases)
+
+
+def test_images_in_some_microbatches_only(workers):
+    """Every tensor of an image is empty in a microbatch without one, also where a whole step has none."""
+    counts = [sum(len(batch["grids"]) == 0 for batch in vision_batches(0, range(n))) for n in (1, 2, 6)]
+    assert counts == [0, 1, 2]
+    check_exact(workers, [case((1, 1, 1), (0, 1, 1), 6, PLANNER, batches=batches_without_images, steps=3)])
+
+
+def batches_without_images(step, microbatches):
+    """Step 1 has no image at all."""
+    for batch in vision_batches(step, microbatches):
+        if step == 1:
+            ids = batch["input_ids"]
+            batch |= {"input_ids": ids % 50, "grids": batch["grids"][:0], "pixel_values": batch["pixel_values"][:0]}
+        yield batch
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        ({"per_token": True}, EXACT),
+        ({"evaluate": True}, EXACT),
+        ({"optimizer": "adam"}, EXACT),
+        # The sums over both ends of the tie, and over both sites, are taken in another order.
+        ({"tied": True}, REORDERED),
+        ({"clip": 1.0}, REORDERED),
+    ],
+    ids=str,
+)
+def test_options_of_the_loop(workers, options, tolerance):
+    for vit, llm in (((1, 1, 1), (0, 1, 1)), ((1, 1, 1, 0), (0, 1, 0, 1))):
+        for one, split, whole in both(workers, [case(vit, llm, 4, PLANNER, **options)]):
+            for step, (mine, reference) in enumerate(zip(split, whole, strict=True)):
+                assert_parity(one, mine, reference, tolerance, step=step)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp64"])
+def test_other_precisions(workers, precision):
+    check_exact(workers, [case((1, 1, 1), (0, 1, 1), 4, PLANNER, precision=precision)])
+
+
+@pytest.mark.parametrize(
+    "train", [{"recompute": "full"}, {"recompute": "selective"}], ids=["recompute full", "recompute selective"]
+)
+def test_what_is_recomputed_is_the_same(workers, train):
+    check_exact(workers, [case((1, 1, 1), (0, 1, 1), 4, PLANNER, train=tuple(train.items()))])
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"cloud": SiteSize(tensor=2)},
+        {"edge": SiteSize(tensor=2)},
+        {"cloud": SiteSize(data=2)},
+        {"edge": SiteSize(data=2), "cloud": SiteSize(data=2)},
+        {"cloud": SiteSize(tensor=2, data=2)},
+        {"edge": SiteSize(tensor=2), "cloud": SiteSize(data=2)},
+    ],
+    ids=["TP 1 and 2", "TP 2 and 1", "DP 1 and 2", "DP 2 and 2", "TP 1 and 2, DP 1 and 2", "TP 2 and 1, DP 1 and 2"],
+)
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+def test_other_sizes_differ_by_rounding_alone(workers, sizes, precision):
+    tolerance = REORDERED if precision == "fp32" else FLOAT64
+    for _, split, whole in both(workers, [case((1, 1, 1), (0, 2, 1), 4, PLANNER, precision=precision, **sizes)]):
+        for mine, reference in zip(split, whole, strict=True):
+            assert mine.gradients.keys() == reference.gradients.keys()
+            for name, gradient in reference.gradients.items():
+                assert norm_error(mine.gradients[name], gradient) <= tolerance, name
+
+
+def test_replicas_share_the_optimizer_and_reduce_while_they_compute(workers):
+    ddp = (("use_distributed_optimizer", True), ("overlap_grad_reduce", True))
+    sizes = {"edge": SiteSize(data=2), "cloud": SiteSize(data=2)}
+    given = case((1, 1, 1), (0, 2, 1), 4, PLANNER, optimizer="adam", ddp=ddp, **sizes)
+    for _, split, whole in both(workers, [given]):
+        for name, gradient in whole[0].gradients.items():
+            assert norm_error(split[0].gradients[name], gradient) <= REORDERED, name
+
+
+FROZEN = [("vit",), ("projector",), ("vit", "projector"), ("language",), ("vit", "language"), ("projector", "language")]
+
+
+@pytest.mark.parametrize("frozen", FROZEN, ids="+".join)
+def test_frozen_parts_stay_and_the_rest_learns_as_in_one_process(workers, frozen):
+    cases = [case((1, 1, 1), (0, 1, 1), 4, planner, frozen=frozen) for planner in (PLANNER, "gpipe", "auto")]
+    check_exact(workers, cases)
+    everything, some = run_split(workers, [case((1, 1, 1), (0, 1, 1), 4, PLANNER, frozen=f) for f in ((), frozen)])
+    for name in some[0].gradients:
+        np.testing.assert_array_equal(some[0].gradients[name], everything[0].gradients[name], err_msg=name)
+    prefixes = {"vit": ("vision.decoder", "vision.patch"), "projector": "vision.projector", "language": "language."}
+    for name in everything[0].gradients.keys() - some[0].gradients.keys():
+        assert any(name.startswith(prefixes[part]) for part in frozen), name
+
+
+@pytest.mark.parametrize("cloud_ranks", [1, 2, 3])
+def test_nobody_sends_a_gradient_that_nobody_needs(workers, cloud_ranks):
+    """Bytes that the edge sends and receives in a step, against the shapes of the data."""
+    vit, llm = (1, *[1] * cloud_ranks, 1), (0, *[1] * cloud_ranks, 1)
+    count, float32 = 4, 4
+    made = [case(vit, llm, count, PLANNER, frozen=frozen, steps=1) for frozen in ((), ("vit",), ("vit", "projector"))]
+    patches = sum(len(batch["pixel_values"]) for batch in vision_batches(0, range(count))) * 16 * float32
+    tokens = count * 2 * SEQUENCE * 32 * float32
+    assert patches > 0
+    free, *frozen = (sorted_traffic(workers, one) for one in made)
+    assert free == (2 * patches + 2 * tokens, 2 * patches + 2 * tokens)
+    assert frozen == [(patches + 2 * tokens, patches + 2 * tokens)] * 2
+    # Nothing of lap 1 or 2 that learns: what goes up in lap 1 comes down, and no gradient does.
+    alone = case(vit, llm, count, PLANNER, frozen=("vit", "language"), steps=1)
+    assert sorted_traffic(workers, alone) == (patches + 2 * tokens, patches + 2 * tokens)
+
+
+def sorted_traffic(workers, one):
+    (split,) = run_split(workers, [one])
+    return split[0].crossed
