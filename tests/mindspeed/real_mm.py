@@ -221,6 +221,13 @@ def train(case: Any, global_rank: int, ports: dict[str, int]) -> dict[str, Any]:
     return run_rank(case, global_rank, ports, train_step, evaluate=False)
 
 
+def vision(case: Any, global_rank: int, ports: dict[str, int]) -> dict[str, Any]:
+    """The same with MM's own model and its own forward step."""
+    from tests.mindspeed.real_vision import train
+
+    return train(case, global_rank, ports)
+
+
 def case_of(fields: dict[str, Any]) -> Any:
     """After MindSpeed is imported: the case's module imports Megatron."""
     from tests.mindspeed.two_laps import Case
@@ -230,7 +237,8 @@ def case_of(fields: dict[str, Any]) -> Any:
 
 def main() -> None:
     out, task, arguments = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-    answer = {"take_over": take_over, "take_back": take_back, "refusal": refusal, "train": train}[task](*arguments)
+    tasks = {"take_over": take_over, "take_back": take_back, "refusal": refusal, "train": train, "vision": vision}
+    answer = tasks[task](*arguments)
     Path(out).write_bytes(pickle.dumps(answer))
 
 

@@ -158,6 +158,33 @@ def test_mm_train_step_with_three_chunks(tmp_path, num_ranks, per_token):
     assert {chunk for _, chunk in ranks[0]["virtual"]} == {0, 1, 2}
 
 
+@pytest.mark.parametrize(("num_ranks", "per_token"), [(2, False), (3, True)])
+def test_mm_vision_language_model(tmp_path, num_ranks, per_token):
+    """MM's own VLMModel, positions, forward step and train step: the gradients of its whole model in one process, where
+    upstream cannot run one step. Microbatch 1 has no image, microbatch 0 three, each has its own length."""
+    case = {"num_ranks": num_ranks, "num_microbatches": 3, "per_token": per_token}
+    whole = {**case, "num_ranks": 1, "like": num_ranks}
+    ports, topology = site_ports(), Topology(num_ranks)
+    ranks = run(
+        tmp_path, "MINDSPEED_MM_PATH", "vision", [(case, place.global_rank, ports) for place in topology.places()]
+    )
+    (reference,) = run(tmp_path, "MINDSPEED_MM_PATH", "vision", [(whole, 0, site_ports())])
+    names: list[str] = []
+    for rank in ranks:
+        names += rank["gradients"]
+        for name, gradient in rank["gradients"].items():
+            assert np.abs(gradient).max() > 0, f"{name} has no gradient"
+            error = relative_error(gradient, reference["gradients"][name])
+            assert error <= 5e-6, f"{name} differs by {error:.2e}"
+    assert sorted(names) == sorted(reference["gradients"]) and len(names) > 60
+    assert ranks[0]["loss"].keys() == reference["loss"].keys()
+    np.testing.assert_allclose(list(ranks[0]["loss"].values()), list(reference["loss"].values()), rtol=5e-6)
+    for rank in ranks[1:]:
+        assert {batch["pixel_values"] for batch in rank["seen"]} == {(36, 0), (0, 0)}
+        assert {batch["input_ids"] for batch in rank["seen"]} == {(2, 30), (2, 27), (2, 24)}
+        assert not any("labels" in batch for batch in rank["seen"])
+
+
 def test_llm_picks_up_our_feature(tmp_path):
     """`import mindspeed_llm` on both processes of a split run, one edge and one cloud, and applied once more."""
     (port,) = free_ports(1)

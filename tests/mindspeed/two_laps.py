@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ldt_schedules.megatron.layer_span import LayerSpan, config_with_span
+from ldt_schedules.planning.layout import Layout
 from ldt_schedules.topology import Place, Site, SiteSize, Topology
 from tests.mindspeed import stand_in
 
@@ -66,6 +67,10 @@ class Case:
             functions=(),
             only_first_chunk=False,
         )
+
+    @property
+    def layout(self) -> Layout:
+        return Layout.laps(self.num_ranks, 2)
 
     @property
     def topology(self) -> Topology:
@@ -247,7 +252,6 @@ def open_rank(case: Case, global_rank: int, ports: dict[str, int]) -> Place:
     from megatron.core import parallel_state
 
     from ldt_schedules.megatron import world
-    from ldt_schedules.planning.layout import Layout
     from ldt_schedules.planning.planners import plan
 
     topology = case.topology
@@ -255,7 +259,7 @@ def open_rank(case: Case, global_rank: int, ports: dict[str, int]) -> Place:
     world.open_site(topology, place, world.Address(host="127.0.0.1", port=ports[str(place.site)]), timeout_s=60, seed=1)
     if case.num_ranks == 1:
         return place
-    layout = Layout.laps(case.num_ranks, 2)
+    layout = case.layout
     link = world.Address(host="127.0.0.1", port=ports["link"])
     world.join_link(
         topology,

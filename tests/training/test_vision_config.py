@@ -1,0 +1,67 @@
+"""What is wrong with the config of a vision-language model is said at once, by key, before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ldt_schedules.errors import ConfigError
+from ldt_schedules.training.config import load_config, shared_fingerprint
+from ldt_schedules.training.vision_config import mrope_section
+
+TINY = Path(__file__).parent.parent.parent / "configs" / "qwen2_5_vl_tiny.yaml"
+
+
+def test_the_example_is_what_its_comments_say():
+    config = load_config(TINY)
+    assert config.has_vision and config.schedule.planner == "ldt_2lap_1f1b"
+    assert (config.lap_layers.vit, config.lap_layers.llm) == ((1, 1, 1, 1), (0, 1, 2, 1))
+    assert [stage.ranks for stage in config.layout.stages] == [(0,), (1,), (2,), (0,), (1,), (2,), (0,)]
+    assert mrope_section(config) == [4, 6, 6]
+    assert shared_fingerprint(config)["layers"] == {"vit": [1, 1, 1, 1], "llm": [0, 1, 2, 1]}
+
+
+def test_defaults_follow_from_the_model(tmp_path):
+    (tmp_path / "run.yaml").write_text("vision: {num_layers: 4, hidden_size: 32}\nmodel: {hidden_size: 256}\n")
+    config = load_config(tmp_path / "run.yaml")
+    assert config.schedule.planner == "ldt_2lap_1f1b" and config.vision.ffn_hidden_size == 128
+    assert mrope_section(config) == [8, 12, 12]
+    assert load_config(tmp_path / "run.yaml", ["schedule.planner=auto"]).schedule.planner == "auto"
+
+
+def test_frozen_parts_are_frozen_stages_of_the_layout():
+    config = load_config(TINY, ["vision.frozen=[vit]"])
+    assert [stage.frozen for stage in config.layout.stages] == [True] * 3 + [False] * 4
+    assert [config.layout.has_backward(stage) for stage in range(7)] == [False] * 3 + [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "layers={vit: [1, 1, 2, 1], llm: [0, 1, 2, 1]}",
+            r"vit: .*add up to 1 \+ 1 \+ 2 \+ 1 = 5, but the model has 4",
+        ),
+        ("layers=[1, 1, 1, 1]", "needs the layers of both laps"),
+        ("schedule.planner=ldt_1f1b", "goes round the U once"),
+        ("vision.num_attention_heads=5", r"vision.hidden_size 64 / vision.num_attention_heads 5 .*multiple of 4"),
+        ("vision.window_size=50", r"vision.window_size 50 is no multiple of .*28.*28 or 56 would do"),
+        ("vision.full_attention_layers=[1, 4]", r"vision.full_attention_layers \[4\] do not exist"),
+        ("vision.min_pixels=60000", "vision.min_pixels 60000 is above vision.max_pixels 50176"),
+        ("model.mrope_section=[4, 6, 5]", r"model.mrope_section \[4, 6, 5\] must be three numbers .* 16"),
+        ("model.position_embedding=learned_absolute", "rope in three directions"),
+        ("sites.cloud.sequence_parallel=true", "sites.cloud.sequence_parallel: a vision-language model"),
+        ("vision.frozen=[vit, projector, language]", "nothing would be trained"),
+        ("vision.frozen=[head]", "vision.frozen"),
+        (
+            "sites.cloud.tensor_parallel=8",
+            "vision.num_attention_heads 4 is not a multiple of sites.cloud.tensor_parallel 8",
+        ),
+        ("train.save_hf=out", "model.hf is null"),
+        ("vision.num_layers=0", "train.log_tps is for vision-language models"),
+    ],
+)
+def test_mistakes_are_named(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(TINY, [override])
