@@ -9,10 +9,14 @@ needs these before its manager has read the model's json.
 
 from __future__ import annotations
 
-from ldt_schedules.megatron.session import Session
-from ldt_schedules.mindspeed import llm, mm, mm_vision_language
+from typing import TYPE_CHECKING
+
+from ldt_schedules.mindspeed import llm, mm
 from patches import megatron_core, megatron_training
 from patches.manager import Patch
+
+if TYPE_CHECKING:
+    from ldt_schedules.megatron.session import Session
 
 _VERSIONS = ">=0.12.1,<0.13"
 """Of megatron-core. All releases of MindSpeed-MM and -LLM that have layerwise-disaggregated training are made for 0.12.1;
@@ -55,16 +59,29 @@ MM_STARTUP: tuple[Patch, ...] = (
     ),
 )
 
+_VLM_FORWARD = (
+    *("self", "input_ids", "pixel_values", "image_grid_thw", "attention_mask", "labels", "inference_params"),
+    *("decoder_input", "position_ids", "packed_seq_params", "extra_block_kwargs", "cache_position", "rope_deltas"),
+    *("image_flags", "transfer", "args", "kwargs"),
+)
+
 MM_VISION_LANGUAGE: tuple[Patch, ...] = (
     _startup(
+        "mindspeed_mm.models.vision.vision_encoders.vision_transformer_block:Qwen2VLVisionTransformerBlock.forward",
+        "mm_vision_language:layers_counted",
+        "it asks Megatron for its rank, which each site counts for itself, and counts the layers before the last ones wrongly",
+    ),
+    _startup(
         "mindspeed_mm.models.vlm_model:VLMModel.forward",
-        "mm_vision_language:stage_of_the_whole",
-        "a ViT layer asks Megatron for its pipeline rank to know whether it attends to windows; each site counts its own",
+        "mm_vision_language:none_are_no_rows",
+        "a microbatch may have no image, and there must be something to hand over",
+        (_VLM_FORWARD,),
     ),
     _startup(
         "mindspeed_mm.models.vision.vision_model:VisionModel.forward",
         "mm_vision_language:nothing_seen",
-        "the ViT cannot make windows of no image, and a microbatch may have none",
+        "the ViT cannot make windows of no image",
+        (("self", "images", "image_grid_thw", "args", "kwargs"),),
     ),
 )
 """For a run whose session exchanges MM's vision-language microbatches."""
@@ -114,6 +131,8 @@ def serve_vision_language(run: Session) -> None:
         ldt_schedules.errors.ConfigError: a model, or an option, that cannot be split so.
         patches.manager.PatchError: MM's model is not the one that was patched.
     """
+    from ldt_schedules.mindspeed import mm_vision_language  # it imports Megatron, which MindSpeed wants to be first at
+
     mm_vision_language.serve(run, MM_VISION_LANGUAGE)
 
 

@@ -74,9 +74,11 @@ def _launch(path: Path, config: TrainConfig, overrides: list[str], json_output: 
 def _check_data(config: TrainConfig) -> None:
     """Find the usual mistakes about the data before processes start."""
     if config.has_vision:
+        from ldt_schedules.training.huggingface_model import check_save
         from ldt_schedules.training.run_data import prepare_images
 
         prepare_images(config)
+        check_save(config, Site.EDGE)
     else:
         from ldt_schedules.training.data import check_data
 
@@ -111,6 +113,8 @@ def _run_site(path: Path, config: TrainConfig, site: Site, json_output: bool) ->
     _check_site(path, config, site)
     # "Apex is not installed" and a dozen more, at each import of megatron-core in each process.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    # For people: without the line of code that found it.
+    warnings.formatwarning = lambda message, *_, **__: f"ldt: {message}\n"
     from ldt_schedules.training.loop import run_site
 
     run_site(config, str(site), json_output)

@@ -197,9 +197,10 @@ def _exchange_header(run: Session, batches: SharedBatches, mine: StepHeader) -> 
         try:
             drawn = batches.draw(mine.num_microbatches)
             mine = replace(mine, told=tuple(run.microbatch_format.told(batch) for batch in drawn))
-        except Exception:
+        except Exception as error:
             why = f"the edge could not read the batches of step {mine.step} and stopped; its own log says why"
-            run.from_edge("header", replace(mine, failure=why).to_message())
+            failed = replace(mine, failure=why, mistake=isinstance(error, ConfigError))
+            run.from_edge("header", failed.to_message())
             raise
     header = StepHeader.from_message(run.from_edge("header", mine.to_message()))
     header.require_agreement(mine)

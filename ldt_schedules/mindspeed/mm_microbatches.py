@@ -59,12 +59,12 @@ class MmMicrobatches:
             LdtError: audio; images and videos in one microbatch; patches that do not fit the grids; a mask that is not `[b, s]`.
         """
         grids = grids_of(batch)
-        position_ids, mask = batch.get("position_ids"), batch.get("attention_mask")
-        if position_ids is None:
-            position_ids = self.positions(batch, grids)
-        shape = tuple(batch["input_ids"].shape)
+        shape, mask = tuple(batch["input_ids"].shape), batch.get("attention_mask")
         if mask is not None and tuple(mask.shape) != shape:
             raise LdtError(f"attention_mask has the shape {tuple(mask.shape)}; of a text {shape} it must have that")
+        position_ids = batch.get("position_ids")
+        if position_ids is None:
+            position_ids = self.positions(batch, grids)
         if tuple(position_ids.shape) != (3, *shape):
             raise LdtError(f"position_ids have the shape {tuple(position_ids.shape)}, M-RoPE's are {(3, *shape)}")
         return {

@@ -39,9 +39,9 @@ def serve(run: Session, patches: tuple[Patch, ...]) -> None:
     """
     from megatron.training import get_args
 
-    args = get_args()
-    run.microbatch_format = microbatches_of(args, run.topology)
+    microbatches = microbatches_of(get_args(), run.topology)
     manager.apply(patches)
+    run.microbatch_format = microbatches
 
 
 def microbatches_of(args: Any, topology: Topology) -> MmMicrobatches:
@@ -133,23 +133,37 @@ def build_chunks(
         vars(args).update(before)
 
 
-def stage_of_the_whole(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For `VLMModel.forward`: the numbers of the whole pipeline, and no images are no rows, not None."""
+def layers_counted(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For `Qwen2VLVisionTransformerBlock.forward`, which counts the layers before its own: some of a ViT's see whole images.
+
+    MM counts those of earlier ranks in the chunks before, and forgets the later ranks': on the edge, behind a cloud with all
+    but the last of 32 layers, it would count 3, and let the last one, which sees whole images, see windows. A ViT's layers
+    are those of the first lap and stage P, so the layers before stage s are those of s ranks of the first row.
+    """
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        run = session.current()
+        if run is None or run.executing is None:
+            return original(self, *args, **kwargs)
+        with whole_pipeline(run.executing, run.topology.num_pipeline_ranks, chunk=0):
+            return original(self, *args, **kwargs)
+
+    return forward
+
+
+def none_are_no_rows(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For `VLMModel.forward`: of a microbatch without images it would pass over the ViT and hand over None."""
 
     @functools.wraps(original)
     def forward(
-        self: Any, input_ids: Any, pixel_values: Any = None, image_grid_thw: Any = None, *args: Any, **kw: Any
+        self: Any, input_ids: Any, pixel_values: Any = None, image_grid_thw: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         run = session.current()
-        if run is None or not isinstance(run.microbatch_format, MmMicrobatches):
-            return original(self, input_ids, pixel_values, image_grid_thw, *args, **kw)
-        if image_grid_thw is None or pixel_values is None:
-            pixel_values = input_ids.new_empty((0, 0), dtype=run.microbatch_format.dtype)
+        if run is not None and run.microbatch_format is not None and (pixel_values is None or image_grid_thw is None):
+            pixel_values = torch.empty((0, 0), device=input_ids.device)
             image_grid_thw = input_ids.new_zeros((0, 3))
-        assert run.executing is not None, "a chunk was run outside the schedule"
-        num_ranks = run.topology.num_pipeline_ranks
-        with whole_pipeline(run.place.stage, num_ranks, run.executing // num_ranks):
-            return original(self, input_ids, pixel_values, image_grid_thw, *args, **kw)
+        return original(self, input_ids, pixel_values, image_grid_thw, *args, **kwargs)
 
     return forward
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ldt_schedules.comm.transport import TensorSpec
-from ldt_schedules.errors import LdtError
+from ldt_schedules.errors import ConfigError, LdtError
 from ldt_schedules.runtime.microbatch_format import Told
 
 
@@ -30,7 +30,7 @@ class StepHeader:
         dtype: of the activations, as torch names it (`"float32"`).
         told: for each microbatch what its format tells the cloud; None without a format, and on a site that has not been
             told yet.
-        failure: why there will be no such step; the other fields then mean nothing.
+        failure: why there will be no such step; the other fields then mean nothing. `mistake`: it is the user's.
     """
 
     step: int
@@ -40,6 +40,7 @@ class StepHeader:
     dtype: str
     told: tuple[Told, ...] | None = None
     failure: str | None = None
+    mistake: bool = False
 
     def to_message(self) -> dict[str, Any]:
         return asdict(self)
@@ -69,10 +70,10 @@ class StepHeader:
         What only the edge can know (`told`) is not compared.
 
         Raises:
-            LdtError: the edge says that there is no step; or naming every field that differs, with both values.
+            LdtError: the edge says that there is no step (a ConfigError where that is a user's mistake); or naming every field that differs, with both values.
         """
         if self.failure is not None:
-            raise LdtError(self.failure)
+            raise ConfigError(self.failure) if self.mistake else LdtError(self.failure)
         ours = replace(mine, told=self.told)
         differing = [
             f"{name}: edge {theirs!r}, here {here!r}"

@@ -49,7 +49,6 @@ SITE_LOCAL_KEYS = (
     "schedule.table",
     "train.log_interval",
     "train.log_tps",
-    "train.save_hf",
     "train.output_dir",
     "train.threads",
     "train.recompute",
@@ -266,6 +265,8 @@ def shared_fingerprint(config: TrainConfig) -> dict[str, Any]:
     The layer split is in it as numbers, so that two ways to write one split agree.
     """
     content = config.model_dump(mode="json", exclude={"layers"})
+    # Whether weights are saved must be known to both, where is each one's own business.
+    content["train"]["save_hf"] = config.train.save_hf is not None
     # Lists, as they come back from the other site.
     content["layers"] = (
         {"vit": list(config.lap_layers.vit), "llm": list(config.lap_layers.llm)}

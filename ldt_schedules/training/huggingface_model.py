@@ -1,17 +1,19 @@
 """A run that starts from a Hugging Face directory, and gives one back.
 
-`model.hf: DIR` stands for the sizes of the model, its tokenizer and its first weights. Each site reads a directory of its own:
-of the cloud's only config.json and the tensors of its layers are looked at.
+`model.hf: DIR` stands for the sizes of the model, its tokenizer and its first weights. Each site reads a directory of its own;
+the cloud's need not have more than config.json, the index and the files with tensors of its layers.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldt_schedules.errors import ConfigError
 from ldt_schedules.planning.lap_layers import LapLayers
+from ldt_schedules.topology import Site
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from ldt_schedules.topology import Place
     from ldt_schedules.training.config import TrainConfig
 
-_TOKENIZER = "tokenizer.json"
+_TOKENIZER, _PROCESSOR = "tokenizer.json", "preprocessor_config.json"
 
 
 def with_sizes(content: dict[str, Any]) -> dict[str, Any]:
@@ -35,7 +37,7 @@ def with_sizes(content: dict[str, Any]) -> dict[str, Any]:
         return content
     from ldt_schedules.megatron.huggingface.directory import open_directory
 
-    settings = open_directory(Path(path)).settings
+    settings = open_directory(Path(path), part=True).settings
     completed = dict(content)
     for section in ("model", "vision"):
         given, found = dict(content.get(section) or {}), settings[section]
@@ -45,15 +47,33 @@ def with_sizes(content: dict[str, Any]) -> dict[str, Any]:
                     f"{section}.{key} is {given[key]!r}, but {path}/config.json says {value!r}; leave it out, or change it there"
                 )
         completed[section] = {**given, **found}
+    completed["vision"] = {**_pixel_bounds(Path(path)), **completed["vision"]}
     data = dict(content.get("data") or {})
     if "tokenizer" not in data and (Path(path) / _TOKENIZER).is_file():
         data["tokenizer"] = path
     return {**completed, "data": data}
 
 
+def _pixel_bounds(path: Path) -> dict[str, int]:
+    """How large images may be, by the directory's image processor; nothing where it does not say."""
+    file = path / _PROCESSOR
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        size = content.get("size") or {}
+        found = {
+            "min_pixels": content.get("min_pixels") or size.get("min_pixels") or size.get("shortest_edge"),
+            "max_pixels": content.get("max_pixels") or size.get("max_pixels") or size.get("longest_edge"),
+        }
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{file} cannot be read ({error}); download it again") from None
+    return {key: value for key, value in found.items() if isinstance(value, int)}
+
+
 def vocab_rows(config: TrainConfig) -> int:
     """Rows of the directory's embedding: often more than the tokenizer has ids. 0 without a directory."""
-    return 0 if config.model.hf is None else int(_directory(config).settings["vocab_size"])
+    return 0 if config.model.hf is None else int(_directory(config, Site.EDGE).settings["vocab_size"])
 
 
 def load_weights(config: TrainConfig, model: torch.nn.Module, place: Place, rows: int) -> None:
@@ -65,17 +85,17 @@ def load_weights(config: TrainConfig, model: torch.nn.Module, place: Place, rows
     from ldt_schedules.megatron.chunks import global_parameters
     from ldt_schedules.megatron.huggingface.loading import load
 
-    directory = _directory(config)
+    directory = _directory(config, place.site)
     load(directory, global_parameters(model), _sizes(directory, place, rows), _tensor_parallel())
 
 
-def check_save(config: TrainConfig) -> None:
+def check_save(config: TrainConfig, site: Site) -> None:
     """Before training: after it a refusal would cost the result. Raises ConfigError."""
     if config.train.save_hf is None:
         return
     from ldt_schedules.megatron.huggingface.saving import check_target
 
-    check_target(Path(config.train.save_hf), _directory(config))
+    check_target(Path(config.train.save_hf), _directory(config, site))
 
 
 def save_weights(config: TrainConfig, model: torch.nn.Module, place: Place, rows: int) -> None:
@@ -88,7 +108,7 @@ def save_weights(config: TrainConfig, model: torch.nn.Module, place: Place, rows
     from ldt_schedules.megatron.chunks import global_parameters
     from ldt_schedules.megatron.huggingface.saving import save
 
-    directory = _directory(config)
+    directory = _directory(config, place.site)
     save(
         Path(config.train.save_hf),
         directory,
@@ -113,16 +133,15 @@ def holder(layers: LapLayers, name: str) -> int:
     raise AssertionError(f"{name}: there is no such layer")
 
 
-def _directory(config: TrainConfig) -> HuggingFaceDirectory:
+def _directory(config: TrainConfig, site: Site) -> HuggingFaceDirectory:
     from ldt_schedules.megatron.huggingface.directory import open_directory
 
     assert config.model.hf is not None
-    return open_directory(Path(config.model.hf))
+    return open_directory(Path(config.model.hf), part=site is Site.CLOUD)
 
 
 def _sizes(directory: HuggingFaceDirectory, place: Place, rows: int) -> Sizes:
     from ldt_schedules.megatron.huggingface.sizes import Sizes
-    from ldt_schedules.topology import Site
 
     return Sizes.of(directory.settings, rows if place.site is Site.EDGE else None)
 

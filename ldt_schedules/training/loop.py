@@ -118,7 +118,7 @@ def open_process(config: TrainConfig, site: Site, vocab_slices: int | None = Non
     device.select_device(int(os.environ.get("LOCAL_RANK", "0")))
     tables = table_source(config) if config.num_pipeline_ranks > 1 else None
     data = open_data(config) if place.site is Site.EDGE else None
-    check_save(config)
+    check_save(config, place.site)
     patches.apply_all()
     here = world.Address(host=os.environ["MASTER_ADDR"], port=int(os.environ["MASTER_PORT"]))
     world.open_site(topology, place, here, config.link.timeout_s, config.train.seed)
@@ -180,6 +180,7 @@ def _run_and_show(loop: _Loop, json_output: bool) -> None:
         bytes_down=loop.bytes_down,
         elapsed_s=time.perf_counter() - start,
         metrics_path=str(metrics.path),
+        saved=config.train.save_hf,
     )
     console.print(summary_screen(summary))
     if json_output:
@@ -212,7 +213,8 @@ class _Loop:
         start = time.perf_counter()
         self.process.zero_gradients()
         reports = self.process.forward_backward(source, forward_only=False)
-        lr = self.process.trained.optimizer.param_groups[0]["lr"]
+        groups = self.process.trained.optimizer.param_groups
+        lr = groups[0]["lr"] if groups else 0.0  # a process whose part of the model is frozen has none
         stepped, grad_norm = self.process.update()
         loss, tokens, up, down = self._reduced(reports)
         step_s = time.perf_counter() - start

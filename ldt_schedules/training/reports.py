@@ -124,6 +124,7 @@ class RunSummary:
             says nothing.
         bytes_up, bytes_down: across the link in the whole run.
         metrics_path: where every step is written down.
+        saved: the Hugging Face directory of the edge's part of the weights; None: not asked for.
     """
 
     iterations: int
@@ -134,3 +135,4 @@ class RunSummary:
     bytes_down: int
     elapsed_s: float
     metrics_path: str
+    saved: str | None = None

@@ -39,7 +39,7 @@ def first_screen(run: RunDescription) -> RenderableType:
 def _facts(run: RunDescription) -> list[tuple[str, str]]:
     steps = (
         f"{run.iterations} steps of {run.global_batch_size} samples ({run.tokens_per_step:,} tokens), "
-        f"{run.num_microbatches} microbatches for each replica"
+        f"{run.num_microbatches} microbatch{'es' if run.num_microbatches > 1 else ''} for each replica"
     )
     facts = [("data", f"{run.data} (opened on the edge only)"), ("run", steps), ("schedule", run.schedule)]
     if run.frozen:
@@ -133,6 +133,8 @@ def summary_screen(summary: RunSummary) -> RenderableType:
         ("across the link", f"up {human_bytes(summary.bytes_up)}, down {human_bytes(summary.bytes_down)}"),
         ("metrics", summary.metrics_path),
     ]
+    if summary.saved is not None:
+        rows.append(("weights", f"{summary.saved}; a cloud on another machine has its files in its own train.save_hf"))
     if summary.validation_loss is not None:
         rows.insert(2, ("validation loss", f"{summary.validation_loss:.4f} nats/token"))
     grid = Table.grid(padding=(0, 2))

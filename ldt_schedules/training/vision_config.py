@@ -29,6 +29,8 @@ def vision_problems(config: TrainConfig) -> Iterator[str]:
             "train.save_hf writes what model.hf was read from, with new weights, but model.hf is null; set it, or leave "
             "train.save_hf out"
         )
+    if config.model.megatron.get("context_parallel_size", 1) != 1:
+        yield "model.megatron.context_parallel_size: images come in any number of patches, which cannot be cut; leave it out"
     if len(set(config.vision.frozen)) == 3:
         yield "vision.frozen names vit, projector and language: nothing would be trained; leave one of them out"
 

@@ -120,7 +120,7 @@ def test_a_bad_sample_stops_both_sites_before_the_step(tmp_path, pictures):
     assert "pictures.jsonl, line 2 has 1 image of 2500 tokens" in said and "model.seq_length is 96" in said, said
     assert "lower vision.max_pixels" in said and "Traceback" not in said
     code, _, said = finish(cloud)
-    assert code == 1 and "the edge could not read the batches of step" in said, said
+    assert code == 2 and "the edge could not read the batches of step" in said, said
     assert "pictures" not in said and "image" not in said, "the cloud was told of the data"
     assert time.monotonic() - began < 55, "a site waited for its deadline"
 

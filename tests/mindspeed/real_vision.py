@@ -1,7 +1,7 @@
 """MindSpeed-MM's own `VLMModel`, a tiny Qwen2.5-VL, with its own forward step and train step, on a CPU: one process of a run.
 
-Kernels that exist for accelerators only are written out; the model's json is of the form that MM ships, with `pipeline_num_layers`
-as for its own disaggregated training (a row for each of three chunks, a column for each pipeline rank).
+Kernels that exist for accelerators only are written out. The model's json is of the form that MM ships, with
+`pipeline_num_layers` as for its own disaggregated training (a row for each of three chunks, a column for each rank).
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ WIDTHS = {"vision": 32, "language": 48}
 VIT = {2: [[1, 2], [1, 0], [0, 0]], 3: [[1, 1, 1], [1, 0, 0], [0, 0, 0]]}
 LANGUAGE = {2: [[0, 0], [0, 3], [0, 0]], 3: [[0, 0, 0], [0, 2, 1], [0, 0, 0]]}
 IMAGES = ((((1, 4, 4),), ((1, 2, 6), (1, 4, 2))), ((), ()), ((), ((1, 6, 6),)))
-_COMMON = {"use_fused_rotary_pos_emb": True, "bf16": True, "params_dtype": "fp32", "normalization": "RMSNorm", "layernorm_epsilon": 1e-6}
+_COMMON = {
+    "use_fused_rotary_pos_emb": True,
+    "bf16": True,
+    "params_dtype": "fp32",
+    "normalization": "RMSNorm",
+    "layernorm_epsilon": 1e-6,
+}
 
 
 def model_json(like: int) -> dict[str, Any]:

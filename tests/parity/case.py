@@ -102,40 +102,42 @@ class Case:
         )
 
     def config(self) -> TrainConfig:
+        return TrainConfig.model_validate(self.content())
+
+    def content(self) -> dict[str, Any]:
+        """Of the config, section by section."""
         edge, cloud = (
             {"tensor_parallel": s.tensor, "data_parallel": s.data, "sequence_parallel": s.sequence_parallel}
             for s in (self.edge, self.cloud)
         )
-        return TrainConfig.model_validate(
-            {
-                "model": {
-                    "num_layers": sum(self.layers),
-                    "hidden_size": 32,
-                    "num_attention_heads": 4,
-                    "seq_length": SEQUENCE,
-                    "tie_embeddings": self.tied,
-                    "precision": self.precision,
-                    "megatron": dict(self.megatron),
-                    **dict(self.model),
-                },
-                "layers": list(self.layers),
-                "sites": {"edge": edge, "cloud": {**cloud, "pipeline_ranks": self.num_ranks - 1}},
-                "schedule": {"planner": self.planner},
-                "train": {
-                    "iterations": 100,
-                    "warmup_iterations": 0,
-                    "global_batch_size": 2 * self.num_microbatches * self.edge.data,
-                    "micro_batch_size": 2,
-                    "optimizer": self.optimizer,
-                    "clip_grad": self.clip,
-                    "weight_decay": 0.01,
-                    "lr": 0.1 if self.optimizer == "sgd" else 1e-3,
-                    "min_lr": 0.0,
-                    "calculate_per_token_loss": self.per_token,
-                    **dict(self.train),
-                },
-            }
-        )
+        return {
+            "model": {
+                "num_layers": sum(self.layers),
+                "hidden_size": 32,
+                "num_attention_heads": 4,
+                "seq_length": SEQUENCE,
+                "tie_embeddings": self.tied,
+                "precision": self.precision,
+                "megatron": dict(self.megatron),
+                **dict(self.model),
+            },
+            "layers": list(self.layers),
+            "sites": {"edge": edge, "cloud": {**cloud, "pipeline_ranks": self.num_ranks - 1}},
+            "schedule": {"planner": self.planner},
+            "train": {
+                "iterations": 100,
+                "warmup_iterations": 0,
+                "global_batch_size": 2 * self.num_microbatches * self.edge.data,
+                "micro_batch_size": 2,
+                "optimizer": self.optimizer,
+                "clip_grad": self.clip,
+                "weight_decay": 0.01,
+                "lr": 0.1 if self.optimizer == "sgd" else 1e-3,
+                "min_lr": 0.0,
+                "calculate_per_token_loss": self.per_token,
+                **dict(self.train),
+            },
+        }
 
 
 @dataclass

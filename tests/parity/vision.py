@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from ldt_schedules.planning.layout import Layout
 from ldt_schedules.topology import SiteSize
-from ldt_schedules.training.config import TrainConfig
 from ldt_schedules.training.forward_step import vision_language_step
 from ldt_schedules.training.vocabulary import Vocabulary
 from tests.parity.case import VOCABULARY, Case
@@ -43,10 +43,10 @@ class VisionCase(Case):
         return self.config().layout
 
     def whole(self) -> VisionCase:
-        return replace(super().whole(), vit=(sum(self.vit),), llm=(sum(self.llm),))
+        return replace(super().whole(), vit=(sum(self.vit),), llm=(sum(self.llm),), planner="ldt_2lap_1f1b")
 
-    def config(self) -> TrainConfig:
-        given = super().config().model_dump()
+    def content(self) -> dict[str, Any]:
+        given = super().content()
         given["model"] |= {
             "num_layers": sum(self.llm),
             "num_query_groups": 2,
@@ -65,7 +65,7 @@ class VisionCase(Case):
             "frozen": list(self.frozen),
         }
         given["layers"] = {"vit": list(self.vit), "llm": list(self.llm)}
-        return TrainConfig.model_validate(given)
+        return given
 
 
 def case(vit: tuple[int, ...], llm: tuple[int, ...], num_microbatches: int, planner: str, **more: object) -> VisionCase:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ldt_schedules.errors import LdtError
+from ldt_schedules.errors import ConfigError, LdtError
 from ldt_schedules.runtime.batches import SharedBatches
 from ldt_schedules.runtime.step_header import StepHeader
 
@@ -84,7 +84,16 @@ def test_every_difference_is_named_with_both_values():
 
 def test_a_header_holds_no_data():
     """What is disclosed is this list and nothing else; extend the documentation before extending the list."""
-    assert set(HEADER.to_message()) == {"step", "forward_only", "table_hash", "shapes", "dtype", "told", "failure"}
+    assert set(HEADER.to_message()) == {
+        "step",
+        "forward_only",
+        "table_hash",
+        "shapes",
+        "dtype",
+        "told",
+        "failure",
+        "mistake",
+    }
     assert HEADER.to_message()["told"] is HEADER.to_message()["failure"] is None
 
 
@@ -97,8 +106,11 @@ def test_what_only_the_edge_knows_is_not_compared():
 
 
 def test_an_edge_that_cannot_read_its_batches_says_so_instead():
-    with pytest.raises(LdtError, match="the edge could not read"):
-        replace(HEADER, step=9, failure="the edge could not read the batches of step 9").require_agreement(HEADER)
+    failed = replace(HEADER, step=9, failure="the edge could not read the batches of step 9")
+    for mistake, kind in ((False, LdtError), (True, ConfigError)):
+        with pytest.raises(LdtError, match="the edge could not read") as caught:
+            replace(failed, mistake=mistake).require_agreement(HEADER)
+        assert caught.type is kind
 
 
 def test_batches_drawn_at_once_go_to_their_microbatches_in_any_order():

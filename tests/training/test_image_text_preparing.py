@@ -273,7 +273,7 @@ def test_a_hugging_face_template_is_followed(qwen_like: str, tmp_path: Path) -> 
     written = chat.write(sample.messages, counts)
     assert written.ids.tolist() == reference_ids(qwen_like, sample, counts)
     assert isinstance(chat, HuggingFaceChat)
-    inner = chat._inner
+    inner = chat.inner
     assert inner.decode(written.ids[written.learned]) == "March<|im_end|>Grün!<|im_end|>"
     assert chat.vision.image == inner.convert_tokens_to_ids("<|image_pad|>")
     assert (chat.vocab_size, chat.pad) == (len(inner), inner.eos_token_id)
@@ -286,14 +286,14 @@ def test_a_template_for_text_alone_gets_images(tmp_path: Path) -> None:
     assert isinstance(chat, HuggingFaceChat)
     sample = conversation(tmp_path)
     written = chat.write(sample.messages, [2, 3, 4])
-    text = chat._inner.decode(written.ids)
+    text = chat.inner.decode(written.ids)
     image, video = "<|image_pad|>", "<|video_pad|>"
     assert text == (
         f"<s>[user] <|vision_start|>{image * 2}<|vision_end|>and<|vision_start|>{image * 3}<|vision_end|>"
         "Which bar is the tallest?<|endoftext|>[assistant] March<|endoftext|>"
         f"[user] Now <|vision_start|>{video * 4}<|vision_end|><|endoftext|>[assistant] Grün!<|endoftext|>"
     )
-    assert chat._inner.decode(written.ids[written.learned]) == " March<|endoftext|> Grün!<|endoftext|>"
+    assert chat.inner.decode(written.ids[written.learned]) == " March<|endoftext|> Grün!<|endoftext|>"
     own = chat.vocab_size - 4
     assert sorted([chat.vision.image, chat.vision.video, chat.vision.start, chat.vision.end]) == list(
         range(own, own + 4)
@@ -306,9 +306,9 @@ def test_without_a_template_the_layout_is_ours(tmp_path: Path) -> None:
     sample = conversation(tmp_path)
     written = chat.write(sample.messages, [1, 1, 1])
     by_bytes = open_chat("bytes").write(sample.messages, [1, 1, 1])
-    text = chat._inner.decode(written.ids)
+    text = chat.inner.decode(written.ids)
     assert text.startswith("<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>and<|vision_start|>")
-    assert chat._inner.decode(written.ids[written.learned]) == "March<|im_end|>Grün!<|im_end|>"
+    assert chat.inner.decode(written.ids[written.learned]) == "March<|im_end|>Grün!<|im_end|>"
     assert int(by_bytes.learned.sum()) == len("MarchGrün!".encode()) + 2
     assert int(written.ids.max()) < chat.vocab_size
 

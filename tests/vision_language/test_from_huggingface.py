@@ -80,7 +80,7 @@ def evaluate_and_save(case: DirectoryCase, rank: int, ports: dict[str, int], nam
 
     place, _ = open_rank(case, rank, ports)
     config = case.config()
-    check_save(config)
+    check_save(config, place.site)
     trained = build(config, case.topology, place, case.vocabulary())
     trained.model.eval()
     given = [tiny.microbatch(tiny.BATCHES[name], torch.float64) for name in names]

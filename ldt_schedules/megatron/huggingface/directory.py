@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,15 @@ class HuggingFaceDirectory:
         config: the content of config.json.
         tensors: name -> shape and dtype.
         files: name -> the file that holds it.
+        elsewhere: name -> a file that the index names and that is not here: another site's, if `open_directory` was asked
+            for a part.
     """
 
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
     files: Mapping[str, Path]
+    elsewhere: Mapping[str, Path] = field(default_factory=dict)
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -67,7 +70,7 @@ class HuggingFaceDirectory:
         Raises:
             ConfigError: tensors are missing, not of the model, of another shape or dtype; all of them are listed.
         """
-        pairs = self.architecture.pairs(sizes, self.tensors)
+        pairs = self.architecture.pairs(sizes, {*self.tensors, *self.elsewhere})
         expected = {
             name: shape
             for pair in pairs.values()
@@ -75,7 +78,8 @@ class HuggingFaceDirectory:
             for name, shape in zip(pair.names, pair.shapes, strict=True)
         }
         copies = {copy: pair.shapes[0] for pair in pairs.values() for copy in pair.copies if copy in self.tensors}
-        problems = _differences(self.tensors, {**expected, **copies})
+        here = {name: shape for name, shape in {**expected, **copies}.items() if name not in self.elsewhere}
+        problems = _differences(self.tensors, here)
         if problems:
             raise ConfigError(
                 f"{self.path} does not fit the model ({len(problems)} of {len(expected)} tensors):\n"
@@ -104,8 +108,11 @@ class HuggingFaceDirectory:
             yield read
 
 
-def open_directory(path: str | Path) -> HuggingFaceDirectory:
+def open_directory(path: str | Path, part: bool = False) -> HuggingFaceDirectory:
     """Read what a directory says of itself.
+
+    Args:
+        part: files that the index names may be missing, for a site that holds some of the layers only.
 
     Raises:
         ConfigError: it is none, has no config.json or no safetensors, or a file of it is missing or damaged.
@@ -117,15 +124,19 @@ def open_directory(path: str | Path) -> HuggingFaceDirectory:
     tensors: dict[str, TensorInfo] = {}
     files: dict[str, Path] = {}
     promised = _promised(path)
-    for file in sorted(set(promised.values())):
+    elsewhere = {name: file for name, file in promised.items() if name and not file.is_file()}
+    if elsewhere and not part:
+        files_there = sorted({file.name for file in elsewhere.values()})
+        raise ConfigError(f"{path} lacks files that its index names: {', '.join(files_there)}; copy them there")
+    for file in sorted(set(promised.values()) - set(elsewhere.values())):
         for name, info in _headers(file).items():
             if name in files:
                 raise ConfigError(f"{name} is in {files[name]} and in {file}; one of them is of another model")
             tensors[name], files[name] = info, file
-    absent = sorted(name for name in promised if name and name not in tensors)
+    absent = sorted(name for name in promised if name and name not in tensors and name not in elsewhere)
     if absent:
         raise ConfigError(f"{path / INDEX} names tensors that its files do not hold:\n" + _listed(absent))
-    return HuggingFaceDirectory(path, config, tensors, files)
+    return HuggingFaceDirectory(path, config, tensors, files, elsewhere)
 
 
 def _promised(path: Path) -> dict[str, Path]:
@@ -139,9 +150,6 @@ def _promised(path: Path) -> dict[str, Path]:
         outside = sorted({str(file) for file in named.values() if Path(str(file)).name != file})
         if outside:
             raise ConfigError(f"{path / INDEX} names files outside the directory: {', '.join(outside)}")
-        absent = sorted({file for file in named.values() if not (path / file).is_file()})
-        if absent:
-            raise ConfigError(f"{path} lacks files that its index names: {', '.join(absent)}; copy them there")
         return {name: path / file for name, file in named.items()}
     pickles = sorted(one.name for pattern in _PICKLES for one in path.glob(pattern))
     if pickles:

@@ -43,7 +43,7 @@ def load(
     """Fill each parameter in place, in its own dtype and on its own device.
 
     Raises:
-        ConfigError: the directory does not fit the sizes (`HuggingFaceDirectory.pairs`), or says that the embeddings are
+        ConfigError: the directory does not fit the sizes (`HuggingFaceDirectory.pairs`), lacks a file, or says that the embeddings are
             tied and holds two different ones.
         LdtError: a parameter is not in the table, or not of the shape that the table gives it.
     """
@@ -51,6 +51,13 @@ def load(
     pairs = directory.pairs(sizes)
     parameters = list(named_parameters)
     parts = parts_of(parameters, pairs, place)
+    needed = sorted(
+        {directory.elsewhere[one].name for part in parts.values() for one in part.names if one in directory.elsewhere}
+    )
+    if needed:
+        raise ConfigError(
+            f"{directory.path} lacks files with tensors of this process: {', '.join(needed)}; copy them there"
+        )
     with directory.reading() as read, torch.no_grad():
         for name, parameter in parameters:
             parts[name].fill(parameter, read)

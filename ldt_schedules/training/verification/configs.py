@@ -33,6 +33,8 @@ def split_config(config: TrainConfig) -> TrainConfig:
     content = config.model_dump()
     content["model"] |= {"dropout": 0.0, "megatron": megatron}
     content["train"] |= {"eval_interval": 0, "trace_iterations": 0, "warmup_iterations": 0}
+    # Which samples make a microbatch must not depend on the number of replicas: the other run has one.
+    content["train"] |= {"encoder_dp_balance": False, "save_hf": None}
     if config.train.optimizer == "adam":
         content["train"] |= {key: min(content["train"][key], _HIGHEST_ADAM_LR) for key in ("lr", "min_lr")}
     if config.model.precision == "fp64":
