@@ -70,7 +70,8 @@ class StepHeader:
         What only the edge can know (`told`) is not compared.
 
         Raises:
-            LdtError: the edge says that there is no step (a ConfigError where that is a user's mistake); or naming every field that differs, with both values.
+            LdtError: the edge says that there is no step (ConfigError where that is a user's mistake); or naming every field
+                that differs, with both values.
         """
         if self.failure is not None:
             raise ConfigError(self.failure) if self.mistake else LdtError(self.failure)
