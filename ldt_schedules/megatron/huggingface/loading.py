@@ -51,9 +51,8 @@ def load(
     pairs = directory.pairs(sizes)
     parameters = list(named_parameters)
     parts = parts_of(parameters, pairs, place)
-    needed = sorted(
-        {directory.elsewhere[one].name for part in parts.values() for one in part.names if one in directory.elsewhere}
-    )
+    elsewhere = directory.elsewhere
+    needed = sorted({elsewhere[one].name for part in parts.values() for one in part.names if one in elsewhere})
     if needed:
         raise ConfigError(
             f"{directory.path} lacks files with tensors of this process: {', '.join(needed)}; copy them there"
