@@ -43,8 +43,8 @@ def load(
     """Fill each parameter in place, in its own dtype and on its own device.
 
     Raises:
-        ConfigError: the directory does not fit the sizes (`HuggingFaceDirectory.pairs`), lacks a file, or says that the embeddings are
-            tied and holds two different ones.
+        ConfigError: the directory does not fit the sizes (`HuggingFaceDirectory.pairs`), lacks a file that this process
+            needs, or says that the embeddings are tied and holds two different ones.
         LdtError: a parameter is not in the table, or not of the shape that the table gives it.
     """
     place = tensor_parallel or TensorParallel()
