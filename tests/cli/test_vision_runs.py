@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from ldt_schedules.comm.ports import free_ports
+from tests.huggingface.tiny import contents, make
 
 TINY = Path(__file__).parent.parent.parent / "configs" / "qwen2_5_vl_tiny.yaml"
 SMALL = [
@@ -95,6 +98,41 @@ def test_a_split_run_reports_the_numbers_of_an_edge_alone(tmp_path, pictures):
             assert balanced["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-5)
             assert 10 < split["tokens_per_sample"] == alone["tokens_per_sample"] == balanced["tokens_per_sample"] < 96
             assert split["bytes_up"] == split["bytes_down"] > 0 == alone["bytes_up"]
+
+
+def test_weights_go_out_and_in_again_and_a_projector_may_learn_alone(tmp_path, pictures):
+    """The cloud of the second run has a directory of its own, with the file of its own layers only."""
+    source, saved, cloud = (tmp_path / name for name in ("hf", "saved", "cloud"))
+    make(source, dtype=torch.float32, vocab_size=300)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "image_token_id": 260, "video_token_id": 261}))
+    only = ["vision.frozen=[vit,language]", "train.eval_interval=0", f"train.output_dir={tmp_path / 'run'}"]
+    sizes = [one for one in SMALL if not one.startswith(("model.", "vision.", "layers"))]
+    layers = ["layers={vit: [1, 1, 1], llm: [1, 1, 0]}", "model.seq_length=96"]
+    layers += ["vision.min_pixels=64", "vision.max_pixels=1024"]
+
+    def run(*options):
+        path = tmp_path / "run.yaml"
+        path.write_text("model: {precision: fp32}\n")
+        command = [sys.executable, "-m", "ldt_schedules", "train", str(path), *sizes, *layers, *only, *options]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    data = f"data.path={pictures}"
+    code, shown, said = finish(run(f"model.hf={source}", data, f"train.save_hf={saved}"))
+    assert code == 0 and "a cloud on another machine has its files" in shown.replace("\n", ""), shown + said
+    before, after = contents(source), contents(saved)
+    learned = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert learned and all(".merger." in name for name in learned), learned
+    cloud.mkdir()
+    for name in ("config.json", "model.safetensors.index.json", "model-00002-of-00002.safetensors"):
+        shutil.copy(saved / name, cloud / name)
+    (port,) = free_ports(1)
+    address = f"link.address=127.0.0.1:{port}"
+    sites = {"cloud": run(f"model.hf={cloud}", address, "--site", "cloud")}
+    sites["edge"] = run(f"model.hf={saved}", data, address, "--site", "edge")
+    for site, process in sites.items():
+        code, _, said = finish(process)
+        assert code == 0, (site, said)
 
 
 def spoil(pictures, line):

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from ldt_schedules.errors import ConfigError
 from ldt_schedules.megatron.huggingface.directory import INDEX, SINGLE, open_directory
+from ldt_schedules.megatron.huggingface.loading import load
 from ldt_schedules.megatron.huggingface.safetensors_file import DTYPES, TensorInfo, write_safetensors
 from ldt_schedules.megatron.huggingface.sizes import Sizes
 from tests.huggingface.test_round_trip import rewrite
@@ -84,6 +85,30 @@ def test_a_git_lfs_pointer(one: Path) -> None:
     (one / SINGLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n")
     with pytest.raises(ConfigError, match=r"is a git-lfs pointer, not the file; run `git lfs pull`"):
         open_directory(one)
+
+
+def test_a_site_needs_the_files_with_its_own_tensors_alone(sharded: Path) -> None:
+    """Every file away in turn: what it held cannot be loaded, all the rest can; a tensor of no model is still seen."""
+    whole = open_directory(sharded)
+    sizes = Sizes.of(whole.settings)
+    pairs = whole.pairs(sizes)
+    (sharded / "aside").mkdir()
+    for file in sorted(set(whole.files.values())):
+        file.rename(sharded / "aside" / file.name)
+        part = open_directory(sharded, part=True)
+        gone = {name for name, where in whole.files.items() if where == file}
+        assert set(part.elsewhere) == gone and set(part.tensors) == set(whole.tensors) - gone
+        for name, pair in part.pairs(sizes).items():
+            assert pair.names == pairs[name].names
+            if pair.tied_to is not None:
+                continue
+            parameter = [(name, torch.zeros(pair.shape))]
+            if gone.isdisjoint(pair.names):
+                load(part, parameter, sizes)
+            else:
+                with pytest.raises(ConfigError, match=f"lacks files with tensors of this process: {file.name}"):
+                    load(part, parameter, sizes)
+        (sharded / "aside" / file.name).rename(file)
 
 
 def test_shards(sharded: Path) -> None:

@@ -137,6 +137,24 @@ def test_the_text_picture_explains_split_backwards_only_where_there_are_some():
     assert plain[-1].startswith("F forward, B backward")
 
 
+def test_the_text_picture_tells_the_stages_of_a_rank_apart():
+    """Two laps, and three encoders on one rank; each stage's letter is of its own."""
+    from ldt_schedules.planning import Layout, plan, simulate
+
+    def drawn(layout):
+        return timeline_lines(layout, simulate(layout, plan("gpipe", layout, 1).ranks), width=400)
+
+    edge, cloud, *rest = drawn(Layout.laps(2, 2))
+    assert "".join(c for c in edge.removeprefix("edge") if c.isalpha()) == "FGTtCB"
+    assert "".join(c for c in cloud.removeprefix("cloud 1") if c.isalpha()) == "FGCB"
+    assert rest[-1] == "G, C those of a rank's second stage"
+    roots = Layout.roots({"a": 0, "b": 0, "c": 0}, {"head": 0, "middle": 1, "tail": 0})
+    edge, *rest = drawn(roots)
+    assert [edge.count(letter) for letter in "FGHTtBCD"] == [1, 1, 2, 1, 1, 1, 1, 2]
+    assert rest[-1] == "G, C those of a rank's second stage, H, D of the third and later ones"
+    assert not any("second stage" in line for line in drawn(Layout.u(3)))
+
+
 def test_without_matplotlib_the_message_names_the_extra():
     code = (
         "import sys; sys.modules['matplotlib'] = None\n"

@@ -16,10 +16,10 @@ TINY = Path(__file__).parent.parent.parent / "configs" / "qwen2_5_vl_tiny.yaml"
 def test_the_example_is_what_its_comments_say():
     config = load_config(TINY)
     assert config.has_vision and config.schedule.planner == "ldt_2lap_1f1b"
-    assert (config.lap_layers.vit, config.lap_layers.llm) == ((1, 1, 1, 1), (0, 1, 2, 1))
+    assert (config.lap_layers.vit, config.lap_layers.llm) == ((1, 1, 1, 1), (1, 1, 1, 1))
     assert [stage.ranks for stage in config.layout.stages] == [(0,), (1,), (2,), (0,), (1,), (2,), (0,)]
     assert mrope_section(config) == [4, 6, 6]
-    assert shared_fingerprint(config)["layers"] == {"vit": [1, 1, 1, 1], "llm": [0, 1, 2, 1]}
+    assert shared_fingerprint(config)["layers"] == {"vit": [1, 1, 1, 1], "llm": [1, 1, 1, 1]}
 
 
 def test_defaults_follow_from_the_model(tmp_path):

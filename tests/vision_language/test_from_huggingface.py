@@ -179,6 +179,17 @@ def test_sizes_come_from_the_directory_and_may_not_be_contradicted(tmp_path: Pat
     assert config.model.qkv_bias and config.model.activation == "swiglu" and config.model.mrope_section == tiny.MROPE
     assert config.vision.full_attention_layers == list(tiny.FULL_ATTENTION) and config.vision.image_token == tiny.IMAGE
     assert load_config(tmp_path / "run.yaml", [hf, "model.num_layers=3"]) == config
+    processor = tmp_path / "hf" / "preprocessor_config.json"
+    for content, bounds in (
+        ({"min_pixels": 3136, "max_pixels": 12845056}, (3136, 12845056)),
+        ({"size": {"shortest_edge": 784, "longest_edge": 1003520}}, (784, 1003520)),
+        ({"do_resize": True}, (3136, 50176)),
+    ):
+        processor.write_text(json.dumps(content))
+        vision = load_config(tmp_path / "run.yaml", [hf]).vision
+        assert (vision.min_pixels, vision.max_pixels) == bounds
+    processor.write_text(json.dumps({"max_pixels": 12845056}))
+    assert load_config(tmp_path / "run.yaml", [hf, "vision.max_pixels=60000"]).vision.max_pixels == 60000
     with pytest.raises(ConfigError, match=r"model.num_layers is 5, but .*config.json says 3; leave it out"):
         load_config(tmp_path / "run.yaml", [hf, "model.num_layers=5"])
     with pytest.raises(ConfigError, match=r"model\.hf.*nowhere"):
