@@ -6,6 +6,7 @@ below; in a process without a session, an edge alone for example, Megatron's own
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ from megatron.core.utils import get_model_config
 
 from ldt_schedules import device
 from ldt_schedules.comm.transport import TensorSpec
-from ldt_schedules.errors import ConfigError
+from ldt_schedules.errors import ConfigError, LdtError
 from ldt_schedules.megatron import session
 from ldt_schedules.megatron.chunks import modules_on_rank, shares_parameters
 from ldt_schedules.megatron.compatibility import call_with_known
@@ -191,20 +192,40 @@ def _exchange_header(run: Session, batches: SharedBatches, mine: StepHeader) -> 
     """The edge announces the step, the cloud checks that it is about to run the same one.
 
     Raises:
-        LdtError: another step, or the edge cannot read its batches: then the cloud is told so, and no more.
+        LdtError: another step, or the edge cannot read its batches: then all its replicas and the cloud are told so, and no
+            more.
     """
+    failed: Exception | None = None
     if run.place.site is Site.EDGE and run.microbatch_format is not None:
         try:
             drawn = batches.draw(mine.num_microbatches)
             mine = replace(mine, told=tuple(run.microbatch_format.told(batch) for batch in drawn))
         except Exception as error:
-            why = f"the edge could not read the batches of step {mine.step} and stopped; its own log says why"
-            failed = replace(mine, failure=why, mistake=isinstance(error, ConfigError))
-            run.from_edge("header", failed.to_message())
-            raise
+            failed = error
+        mine = _of_all_replicas(mine, failed)
     header = StepHeader.from_message(run.from_edge("header", mine.to_message()))
+    if header.failure is not None:
+        # Nobody leaves, and takes the store along, before everybody has read. Who has lost the link has read, too.
+        with contextlib.suppress(LdtError):
+            run.link.wait_for_all()
+    if failed is not None:
+        raise failed
     header.require_agreement(mine)
     return header
+
+
+def _of_all_replicas(mine: StepHeader, failed: Exception | None) -> StepHeader:
+    """The header of an edge process, a failure if any process of the edge could not read its batches. A collective.
+
+    Else the other replicas, and their clouds, would begin a step that can never be finished.
+    """
+    badness = 0 if failed is None else 1 if isinstance(failed, ConfigError) else 2
+    worst = torch.tensor([badness], device=device.current_device())
+    torch.distributed.all_reduce(worst, op=torch.distributed.ReduceOp.MAX)
+    if not worst.item():
+        return mine
+    why = f"the edge could not read the batches of step {mine.step} and stopped; its own log says why"
+    return replace(mine, failure=why, mistake=worst.item() == 1, told=None)
 
 
 def _whole_spec(message: Value, stages: MegatronStages) -> TensorSpec:

@@ -76,7 +76,8 @@ class Session:
         """
         key = f"{what}/{self.steps}/{self.place.context_rank}/{self.topology.edge_replica(self.place)}"
         if self.place.site is not Site.EDGE:
-            return self.link.fetch(key, f"the edge's {what} of step {self.steps}")
+            reads = "" if self.microbatch_format is None else ", before which it reads all its batches"
+            return self.link.fetch(key, f"the edge's {what} of step {self.steps}{reads}")
         if self.place.tensor_rank == 0:
             self.link.publish(key, message)
             # That the edge is at this step proves that the cloud has read what belonged to the last but one.

@@ -31,6 +31,13 @@ def read_table_file(path: str, layout: Layout, option: str, size_option: str) ->
     except ScheduleError as error:
         raise ConfigError(f"{option} {path}: {error}") from None
     if not table.layout.same_work(layout):
+        backwards = [[s.name for s in one.stages if not one.has_backward(s.index)] for one in (table.layout, layout)]
+        if backwards[0] != backwards[1]:
+            theirs, ours = (", ".join(names) or "none" for names in backwards)
+            raise ConfigError(
+                f"{option} {path} has no backward for the stages {theirs}, this run for {ours} (what is frozen); plan it for "
+                "the same frozen parts"
+            )
         raise ConfigError(
             f"{option} {path} is for {table.layout.num_ranks} pipeline ranks and "
             f"{len(table.layout.stages)} stages, this run has {layout.num_ranks} and {len(layout.stages)}; "

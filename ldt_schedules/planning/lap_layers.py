@@ -50,7 +50,8 @@ class LapLayers:
 
 
 def parse_lap_layers(value: Any, num_vit_layers: int, num_llm_layers: int, num_ranks: int) -> LapLayers:
-    """Read `{"vit": ..., "llm": ...}`, each in one of the forms above or any of `parse_layers`; None splits evenly.
+    """Read `{"vit": ..., "llm": ...}`, each in one of the forms above or any of `parse_layers`; None splits evenly,
+    with a layer on the edge before the link.
 
     Raises:
         ScheduleError: another key, or what `parse_layers` and the rows' form refuse.
@@ -85,9 +86,19 @@ def frozen_stages(layers: LapLayers, frozen: frozenset[str]) -> set[int]:
 def _one_lap(name: str, value: Any, num_layers: int, num_ranks: int) -> tuple[int, ...]:
     try:
         counts = _from_rows(name, value, num_ranks) if _is_rows(value) else value
-        return parse_layers(counts, num_layers, num_ranks)
+        layers = parse_layers(counts, num_layers, num_ranks)
+        return layers if value is not None else _edge_first(layers)
     except ScheduleError as error:
         raise ScheduleError(f"{name}: {error}") from None
+
+
+def _edge_first(layers: tuple[int, ...]) -> tuple[int, ...]:
+    """An even split in which the edge has a layer before anything crosses: bare embeddings are easily read."""
+    if layers[0]:
+        return layers
+    given = list(layers)
+    given[max(range(len(given)), key=given.__getitem__)] -= 1
+    return (1, *given[1:])
 
 
 def _is_rows(value: Any) -> bool:

@@ -213,9 +213,11 @@ class Layout:
         return replace(self, stages=tuple(replace(stage, frozen=stage.index in stages) for stage in self.stages))
 
     def same_work(self, other: Layout) -> bool:
-        """Do both have the same stages on the same ranks, connected alike, and the same of them frozen? What they are
-        called does not matter."""
-        mine, theirs = ([(s.ranks, set(s.inputs), s.frozen) for s in layout.stages] for layout in (self, other))
+        """Do both have the same stages on the same ranks, connected alike, and a backward for the same of them? What they
+        are called does not matter, nor what is frozen behind a stage that is trained."""
+        mine, theirs = (
+            [(s.ranks, set(s.inputs), layout.has_backward(s.index)) for s in layout.stages] for layout in (self, other)
+        )
         return mine == theirs and self.num_ranks == other.num_ranks
 
     def rings(self, laps: int) -> list[tuple[int, ...]] | None:

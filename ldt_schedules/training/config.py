@@ -40,7 +40,6 @@ from ldt_schedules.training.sections import (
 from ldt_schedules.training.vision_config import TWO_LAPS, vision_problems
 
 SITE_LOCAL_KEYS = (
-    "model.hf",
     "data.path",
     "data.on_bad_sample",
     "data.padding_side",
@@ -265,7 +264,8 @@ def shared_fingerprint(config: TrainConfig) -> dict[str, Any]:
     The layer split is in it as numbers, so that two ways to write one split agree.
     """
     content = config.model_dump(mode="json", exclude={"layers"})
-    # Whether weights are saved must be known to both, where is each one's own business.
+    # Whether weights are loaded and saved must be known to both; where they are is each one's own business.
+    content["model"]["hf"] = config.model.hf is not None
     content["train"]["save_hf"] = config.train.save_hf is not None
     # Lists, as they come back from the other site.
     content["layers"] = (

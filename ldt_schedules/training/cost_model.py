@@ -30,6 +30,7 @@ from ldt_schedules.planning.layout import EDGE_RANK, Layout
 from ldt_schedules.planning.problem import Problem
 from ldt_schedules.topology import Site
 from ldt_schedules.training.config import TrainConfig
+from ldt_schedules.training.huggingface_model import vocab_rows
 from ldt_schedules.training.parameters import (
     ELEMENT_BYTES,
     bytes_vocab_size,
@@ -37,6 +38,7 @@ from ldt_schedules.training.parameters import (
     stage_parameters,
     trained_parameters,
 )
+from ldt_schedules.training.sections import OTHER_SHAPES, set_among
 from ldt_schedules.training.shapes import FP32_BYTES, Shapes
 from ldt_schedules.training.stage_work import StageWork
 from ldt_schedules.training.vision_parts import lap_stages
@@ -48,8 +50,6 @@ from ldt_schedules.training.vision_work import (
 )
 
 GIB, MIB = 2**30, 2**20
-
-_OTHER_SHAPES = ("num_moe_experts", "kv_channels", "multi_latent_attention", "mtp_num_layers", "context_parallel_size")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +84,8 @@ def problem_of(config: TrainConfig, vocab_size: int | None = None) -> Problem:
     """
     if config.num_pipeline_ranks == 1:
         raise ConfigError("sites.cloud.pipeline_ranks is 0: an edge alone has nothing to schedule; set it to 1 or more")
-    for name in _OTHER_SHAPES:
-        if config.model.megatron.get(name) not in (None, False, 1):
-            raise ConfigError(f"model.megatron.{name} changes what a layer costs in a way that the cost model lacks")
+    for name in set_among(OTHER_SHAPES, config.model.megatron):
+        raise ConfigError(f"model.megatron.{name} changes what a layer costs in a way that the cost model lacks")
     vocab = _padded_vocab(config, vocab_size)
     layout = config.layout
     work = stage_work(config, vocab)
@@ -194,7 +193,9 @@ def _site(rank: int) -> Site:
 
 
 def _padded_vocab(config: TrainConfig, vocab_size: int | None) -> int:
-    if vocab_size is None and config.data.tokenizer == "bytes":
+    if vocab_size is None and config.model.hf is not None:
+        vocab_size = vocab_rows(config)  # what both sites know
+    elif vocab_size is None and config.data.tokenizer == "bytes":
         vocab_size = bytes_vocab_size(config)
     elif vocab_size is None:
         vocab_size = config.hardware.vocab_size

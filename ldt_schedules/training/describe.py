@@ -41,7 +41,19 @@ def describe_run(config: TrainConfig, vocab_size: int) -> RunDescription:
         tokens_per_step=train.global_batch_size * config.model.seq_length,
         output_dir=train.output_dir,
         frozen=tuple(config.vision.frozen) if config.has_vision else (),
+        bare=tuple(_bare(config)),
     )
+
+
+def _bare(config: TrainConfig) -> Iterator[str]:
+    """What leaves the edge before a layer has mixed it: embeddings of patches are linear in the pixels, those of tokens are
+    rows of a table."""
+    if config.num_pipeline_ranks == 1:
+        return
+    if config.has_vision and not config.lap_layers.vit[0]:
+        yield "the patch embedding"
+    if not (config.lap_layers.llm if config.has_vision else config.layer_split)[0]:
+        yield "the embedding of tokens"
 
 
 def _schedule_name(config: TrainConfig) -> str:

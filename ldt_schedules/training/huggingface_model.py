@@ -1,7 +1,7 @@
 """A run that starts from a Hugging Face directory, and gives one back.
 
 `model.hf: DIR` stands for the sizes of the model, its tokenizer and its first weights. Each site reads a directory of its own;
-the cloud's need not have more than config.json, the index and the files with tensors of its layers.
+the cloud's need not have more than config.json, preprocessor_config.json, the index and the files with tensors of its layers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ldt_schedules.topology import Place
     from ldt_schedules.training.config import TrainConfig
 
-_TOKENIZER, _PROCESSOR = "tokenizer.json", "preprocessor_config.json"
+_TOKENIZERS, _PROCESSOR = ("tokenizer.json", "vocab.json"), "preprocessor_config.json"
 
 
 def with_sizes(content: dict[str, Any]) -> dict[str, Any]:
@@ -32,7 +32,10 @@ def with_sizes(content: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: the directory cannot be read, is of an unknown architecture, or says otherwise than the config.
     """
-    path = (content.get("model") or {}).get("hf") if isinstance(content.get("model"), Mapping) else None
+    sections = {name: {} if content.get(name) is None else content[name] for name in ("model", "vision", "data")}
+    if not all(isinstance(section, Mapping) for section in sections.values()):
+        return content  # what is wrong with it is said when the config is read
+    path = sections["model"].get("hf")
     if not isinstance(path, str):
         return content
     from ldt_schedules.megatron.huggingface.directory import open_directory
@@ -40,7 +43,7 @@ def with_sizes(content: dict[str, Any]) -> dict[str, Any]:
     settings = open_directory(Path(path), part=True).settings
     completed = dict(content)
     for section in ("model", "vision"):
-        given, found = dict(content.get(section) or {}), settings[section]
+        given, found = sections[section], settings[section]
         for key, value in found.items():
             if key in given and given[key] not in (None, value):
                 raise ConfigError(
@@ -48,8 +51,8 @@ def with_sizes(content: dict[str, Any]) -> dict[str, Any]:
                 )
         completed[section] = {**given, **found}
     completed["vision"] = {**_pixel_bounds(Path(path)), **completed["vision"]}
-    data = dict(content.get("data") or {})
-    if "tokenizer" not in data and (Path(path) / _TOKENIZER).is_file():
+    data = dict(sections["data"])
+    if "tokenizer" not in data and any((Path(path) / name).is_file() for name in _TOKENIZERS):
         data["tokenizer"] = path
     return {**completed, "data": data}
 
@@ -73,7 +76,7 @@ def _pixel_bounds(path: Path) -> dict[str, int]:
 
 def vocab_rows(config: TrainConfig) -> int:
     """Rows of the directory's embedding: often more than the tokenizer has ids. 0 without a directory."""
-    return 0 if config.model.hf is None else int(_directory(config, Site.EDGE).settings["vocab_size"])
+    return 0 if config.model.hf is None else int(_directory(config, Site.CLOUD).settings["vocab_size"])
 
 
 def load_weights(config: TrainConfig, model: torch.nn.Module, place: Place, rows: int) -> None:

@@ -148,8 +148,12 @@ def run_site(config: TrainConfig, site: str, json_output: bool) -> None:
     else:
         for _ in loop.steps():
             pass
-    save_weights(config, process.trained.model, process.place, process.vocabulary.rows)
+        _save(process)
     world.close_site()
+
+
+def _save(process: Process) -> None:
+    save_weights(process.config, process.trained.model, process.place, process.vocabulary.rows)
 
 
 def _run_and_show(loop: _Loop, json_output: bool) -> None:
@@ -170,6 +174,7 @@ def _run_and_show(loop: _Loop, json_output: bool) -> None:
             else:
                 metrics.evaluation(report)
                 screen.evaluation(report)
+    _save(loop.process)
     last = loop.losses[-10:]
     summary = RunSummary(
         iterations=config.train.iterations,

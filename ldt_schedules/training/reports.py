@@ -51,7 +51,10 @@ class LinkUse:
 
 @dataclass(frozen=True)
 class RunDescription:
-    """The whole run as it is about to start. `link` is None when the edge is alone; `frozen` names what does not learn."""
+    """The whole run as it is about to start. `link` is None when the edge is alone; `frozen` names what does not learn.
+
+    `bare` names what crosses the link without a layer having worked on it.
+    """
 
     ranks: tuple[RankRow, ...]
     link: LinkUse | None
@@ -64,6 +67,7 @@ class RunDescription:
     tokens_per_step: int
     output_dir: str
     frozen: tuple[str, ...] = ()
+    bare: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:

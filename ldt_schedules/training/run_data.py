@@ -134,12 +134,11 @@ class ImageTextData:
 
     @property
     def vocab_size(self) -> int:
-        return self.chat.vocab_size
+        return max(self.chat.vocab_size, vocab_rows(self.config))
 
     def vocabulary(self, slices: int) -> Vocabulary:
         vision = self.chat.vision
-        rows = max(self.vocab_size, vocab_rows(self.config))
-        return Vocabulary(padded_vocab_size(rows, slices), vision.image, vision.video)
+        return Vocabulary(padded_vocab_size(self.vocab_size, slices), vision.image, vision.video)
 
     def unigram_entropy(self) -> float | None:
         return None  # most tokens are placeholders of images

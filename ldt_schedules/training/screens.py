@@ -50,6 +50,14 @@ def _facts(run: RunDescription) -> list[tuple[str, str]]:
     else:
         never = _NEVER_CROSSES if run.link.vision_shape is None else _NEVER_CROSSES_OF_IMAGES
         facts += [("link", run.link.address), ("crosses it", _crossing(run.link)), ("never crosses", never)]
+    if run.bare:
+        facts.append(
+            (
+                "beware",
+                f"no layer of the edge stands between {' or '.join(run.bare)} and the link: who knows these weights can read "
+                "the data off what crosses; give the edge a layer there",
+            )
+        )
     return [*facts, ("output", run.output_dir)]
 
 

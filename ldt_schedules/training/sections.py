@@ -7,6 +7,7 @@ keys (a batch size that does not divide, say) is checked in `config.py`, where a
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -15,6 +16,15 @@ from ldt_schedules.planning.planners import PLANNERS
 
 FIRST_TRACED_ITERATION = 3
 """Steps 1 and 2 pay for what is set up once: memory pools, connections, lazily loaded code."""
+
+
+OTHER_SHAPES = ("num_moe_experts", "kv_channels", "multi_latent_attention", "mtp_num_layers", "context_parallel_size")
+"""Fields of megatron-core's TransformerConfig that change what a layer holds and costs in ways that are not worked out here."""
+
+
+def set_among(names: Iterable[str], megatron: Mapping[str, Any]) -> list[str]:
+    """Those of `names` that `model.megatron` sets to something; a size of 1 is nothing, True is not 1."""
+    return [name for name in names if (value := megatron.get(name)) is True or value not in (None, False, 1)]
 
 
 class Section(BaseModel):

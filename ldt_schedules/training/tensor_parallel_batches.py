@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from ldt_schedules import device
-from ldt_schedules.errors import LdtError
+from ldt_schedules.errors import ConfigError, LdtError
 
 Batch = dict[str, torch.Tensor]
 
@@ -25,7 +25,8 @@ def over_tensor_parallel(source: Iterator[Batch] | None) -> Iterator[Batch]:
     Each `next` is a collective of the group.
 
     Raises:
-        LdtError: on the other processes, when the first one's source fails; it raises its own error.
+        LdtError: on the other processes, when the first one's source fails; it raises its own error. A ConfigError where
+            that one is.
     """
     if parallel_state.get_tensor_model_parallel_world_size() == 1:
         assert source is not None
@@ -36,12 +37,14 @@ def over_tensor_parallel(source: Iterator[Batch] | None) -> Iterator[Batch]:
     while True:
         try:
             batch, announced = _next(source)
-        except Exception:
-            _tell("the first process of the tensor-parallel group could not read its batch", first, group)
+        except Exception as error:
+            kind = "mistake" if isinstance(error, ConfigError) else "failure"
+            _tell(kind, first, group)
             raise
         held = _tell(announced, first, group)
         if isinstance(held, str):
-            raise LdtError(held)
+            why = "the first process of the tensor-parallel group could not read its batch; its log says why"
+            raise ConfigError(why) if held == "mistake" else LdtError(why)
         if held is None:
             return
         yield _broadcast(batch, held, first, group)

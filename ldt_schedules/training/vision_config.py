@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ldt_schedules.topology import nearest_multiples
+from ldt_schedules.training.sections import OTHER_SHAPES, VisionSection, set_among
+
+OTHER_LAYERS = (*OTHER_SHAPES, "qk_layernorm")
+"""Fields of TransformerConfig with which a layer is another one than the vision-language model is built of."""
 
 ONE_LAP, TWO_LAPS = "ldt_1f1b", "ldt_2lap_1f1b"
 """The published orders: of a text model's U, and of one that is walked twice."""
@@ -29,8 +33,8 @@ def vision_problems(config: TrainConfig) -> Iterator[str]:
             "train.save_hf writes what model.hf was read from, with new weights, but model.hf is null; set it, or leave "
             "train.save_hf out"
         )
-    if config.model.megatron.get("context_parallel_size", 1) != 1:
-        yield "model.megatron.context_parallel_size: images come in any number of patches, which cannot be cut; leave it out"
+    for name in set_among(OTHER_LAYERS, config.model.megatron):
+        yield f"model.megatron.{name} asks for other layers than a vision-language model has here; leave it out"
     if len(set(config.vision.frozen)) == 3:
         yield "vision.frozen names vit, projector and language: nothing would be trained; leave one of them out"
 
@@ -47,6 +51,8 @@ def mrope_section(config: TrainConfig) -> list[int]:
 def _without_vision(config: TrainConfig) -> Iterator[str]:
     if config.schedule.planner == TWO_LAPS:
         yield f"schedule.planner {TWO_LAPS} is for vision-language models, and vision.num_layers is 0; use {ONE_LAP}"
+    if config.vision != VisionSection():
+        yield "vision: its keys are for vision-language models, and vision.num_layers is 0; set it, or leave vision out"
     given = [key for key in ("encoder_dp_balance", "log_tps") if getattr(config.train, key)]
     for key in given:
         yield f"train.{key} is for vision-language models, and vision.num_layers is 0; set train.{key}=false"

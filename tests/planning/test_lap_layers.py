@@ -48,6 +48,8 @@ def test_without_a_word_layers_are_split_evenly_and_an_edge_alone_has_all():
     assert parse_lap_layers(None, 4, 5, 3) == LapLayers((1, 1, 1, 1), (1, 2, 1, 1))
     assert parse_lap_layers(None, 4, 5, 1) == LapLayers((4,), (5,))
     assert parse_lap_layers({"vit": [1, 3, 0]}, 4, 5, 2) == LapLayers((1, 3, 0), (1, 2, 2))
+    # Fewer layers than places: the edge has one before anything crosses.
+    assert parse_lap_layers(None, 3, 1, 4) == LapLayers((1, 0, 1, 1, 0), (1, 0, 0, 0, 0))
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from ldt_schedules.errors import ConfigError
 from ldt_schedules.training.config import load_config, shared_fingerprint
+from ldt_schedules.training.describe import describe_run
+from ldt_schedules.training.screens import first_screen
 from ldt_schedules.training.vision_config import mrope_section
 
 TINY = Path(__file__).parent.parent.parent / "configs" / "qwen2_5_vl_tiny.yaml"
@@ -36,6 +40,31 @@ def test_frozen_parts_are_frozen_stages_of_the_layout():
     assert [config.layout.has_backward(stage) for stage in range(7)] == [False] * 3 + [True] * 4
 
 
+def test_sites_of_which_one_reads_no_weights_do_not_agree():
+    config = load_config(TINY)
+    read = config.model_copy(update={"model": config.model.model_copy(update={"hf": "somewhere"})})
+    elsewhere = config.model_copy(update={"model": config.model.model_copy(update={"hf": "another"})})
+    assert shared_fingerprint(read) == shared_fingerprint(elsewhere) != shared_fingerprint(config)
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [
+        ("{vit: [1, 1, 1, 1], llm: [1, 1, 1, 1]}", None),
+        ("{vit: [1, 1, 1, 1], llm: [0, 1, 2, 1]}", "between the embedding of tokens and the link"),
+        (
+            "{vit: [0, 2, 1, 1], llm: [0, 1, 2, 1]}",
+            "between the patch embedding or the embedding of tokens and the link",
+        ),
+    ],
+)
+def test_the_first_screen_warns_of_what_crosses_bare(layers, said):
+    console = Console(width=200, file=io.StringIO())
+    console.print(first_screen(describe_run(load_config(TINY, [f"layers={layers}"]), 263)))
+    shown = console.file.getvalue()
+    assert (said in shown) if said else "beware" not in shown
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -60,6 +89,9 @@ def test_frozen_parts_are_frozen_stages_of_the_layout():
         ),
         ("train.save_hf=out", "model.hf is null"),
         ("vision.num_layers=0", "train.log_tps is for vision-language models"),
+        ("vision.num_layers=0", "vision: its keys are for vision-language models"),
+        ("model.megatron={qk_layernorm: true}", "model.megatron.qk_layernorm asks for other layers"),
+        ("model.megatron={context_parallel_size: 2}", "model.megatron.context_parallel_size asks for other layers"),
     ],
 )
 def test_mistakes_are_named(override, message):

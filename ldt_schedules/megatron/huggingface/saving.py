@@ -6,7 +6,7 @@
 Each pipeline rank writes one file, of what it holds. The index names the file of every tensor, and the edge can write it alone:
 the table tells all names, the split who holds them. So what crosses between the sites is nothing; the user copies the cloud's
 files into the edge's directory and has a whole model. Tensors have the names, shapes and dtypes of the directory from which the
-model came: what was widened when it was loaded is narrowed without loss.
+model came: what was widened when it was loaded, and has not learned, is narrowed without loss.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Positions of tokens in time, height and width (M-RoPE, arXiv:2409.12191 and, for time in seconds, arXiv:2502.13923).
 
 Text counts on in all three at once. An image stands at one time, its tokens differ in height and width; a video's frames
-differ in time by what passes between them. What follows begins behind the longer side of the image:
+differ in time by what passes between them. What follows begins behind the largest position so far (section 2.1 of the
+first; transformers 4 and MindSpeed-MM agree, transformers 5.23 passes over the time of a video):
 
     text  text  | image of 2 x 3 tokens          | text
     t  0     1  |  2   2   2   2   2   2         |  5
@@ -96,7 +97,7 @@ class _Visual:
         return torch.cat([*parts, _text(len(ids) - done, position)], dim=1)
 
     def _next(self, token: int, position: int) -> tuple[torch.Tensor, int]:
-        """Positions `[3, tokens]` of the next image or video, and how far the text moves on."""
+        """Positions `[3, tokens]` of the next image or video, and how many of them the text moves on."""
         grid = next(self.images, None)
         if grid is None:
             raise LdtError("the text has placeholders for more images and videos than there are")
@@ -109,7 +110,7 @@ class _Visual:
             interval = self.tokens_per_second * seconds
         time = (torch.arange(frames) * interval).long()
         axes = torch.meshgrid(time, torch.arange(rows), torch.arange(columns), indexing="ij")
-        return torch.stack([axis.flatten() for axis in axes]) + position, max(rows, columns)
+        return torch.stack([axis.flatten() for axis in axes]) + position, max(rows, columns, int(time[-1]) + 1)
 
 
 def _text(length: int, position: int) -> torch.Tensor:
