@@ -98,6 +98,11 @@ def frozen_sets(layout):
     return [stages for stages in sets if len(set(stages)) <= last]
 
 
+def counts(ranks):
+    """Microbatches: all small numbers, of many ranks fewer, as many and more than there are."""
+    return range(1, 11) if ranks < 5 else (1, ranks, 10)
+
+
 def layouts(ranks, domains):
     return {
         "u": Layout.u(ranks, domains),
@@ -119,7 +124,7 @@ def test_every_small_table_of_the_fixed_planners(name, ranks, domains):
     """And dropping what nobody needs never makes a step longer: each action waits for fewer, in the same order."""
     shape = "laps" if name == "ldt_2lap_1f1b" else "u"
     for layout in [layouts(ranks, domains)[shape]] if name.startswith("ldt") else layouts(ranks, domains).values():
-        for microbatches in range(1, 11):
+        for microbatches in counts(ranks):
             unfrozen = plan(name, layout, microbatches)
             longest = simulate(layout, unfrozen.ranks).makespan
             sets = frozen_sets(layout)
@@ -137,7 +142,7 @@ def test_every_small_table_of_the_fixed_planners(name, ranks, domains):
 @pytest.mark.parametrize("ranks", range(2, 7))
 def test_every_small_table_of_the_planners_for_costs(name, ranks, domains):
     for layout in layouts(ranks, domains).values():
-        for microbatches in range(1, 11):
+        for microbatches in counts(ranks):
             sets = frozen_sets(layout)
             for frozen in sets if (ranks, microbatches) == (3, 4) else sets[microbatches % 3 :: 4]:
                 problem = Problem(layout.freeze(frozen), microbatches, Costs(latency=1.5))
@@ -166,7 +171,7 @@ def test_no_rank_waits_for_ever_whatever_holds_it_up(name):
             assert validate(table, Semantics.BLOCKING) == []
 
 
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.parametrize("seed", range(80))
 def test_any_graph_any_order_any_costs(seed):
     """Random graphs, frozen at random, in any executable order: valid, never below a bound, exactly the needed messages."""
     rng = random.Random(seed)

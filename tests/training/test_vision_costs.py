@@ -302,7 +302,7 @@ def ldt(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-@pytest.mark.parametrize("frozen", [[], ["vit"], ["vit", "projector"], ["language"]], ids=str)
+@pytest.mark.parametrize("frozen", [[], ["vit"]], ids=str)
 def test_on_the_command_line(tmp_path: Path, frozen: list[str]) -> None:
     """Plan, validate, draw, dry run."""
     path, table, problem = tmp_path / "run.yaml", tmp_path / "table.json", tmp_path / "problem.json"

@@ -135,8 +135,11 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize(("ranks", "sizes"), SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize(("precision", "allowed"), [("fp32", 1e-4), ("fp64", 1e-9)])
+@pytest.mark.parametrize(
+    ("ranks", "sizes", "precision", "allowed"),
+    [(*SIZES[name], "fp64", 1e-9) for name in SIZES] + [(*SIZES[name], "fp32", 1e-4) for name in ("P 3", "TP 1 and 2")],
+    ids=[*SIZES, "P 3, fp32", "TP 1 and 2, fp32"],
+)
 def test_logits_are_those_of_transformers_and_the_directory_comes_back(
     tmp_path: Path, workers: Workers, ranks: int, sizes: dict[str, Any], precision: str, allowed: float
 ) -> None:
