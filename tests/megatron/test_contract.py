@@ -149,7 +149,7 @@ def observe(case: Case, global_rank: int, ports: dict[str, int], call: dict[str,
     from ldt_schedules.training.model import build
 
     place, run = open_rank(case, global_rank, ports)
-    trained = build(case.config(), case.topology, place, 64)
+    trained = build(case.config(), case.topology, place, case.vocabulary())
     modules = {0: trained.model}
     if run is not None:
         modules = modules_on_rank([trained.model], Layout.u(case.num_ranks, case.topology.domains), place.pipeline_rank)
