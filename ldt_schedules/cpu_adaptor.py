@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -84,6 +85,12 @@ def get_rng_state(original: Function) -> Function:
 def set_rng_state(original: Function) -> Function:
     """See `get_rng_state`."""
     return lambda new_state, *args, **kwargs: torch.set_rng_state(new_state)
+
+
+def fork_without_warning(original: Function) -> Function:
+    """`CudaRNGStatesTracker.fork` warns where the CPU's random state moves inside: here it is the device's."""
+    logging.getLogger(original.__module__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+    return original
 
 
 def manual_seed(original: Function) -> Function:

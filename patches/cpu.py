@@ -50,6 +50,12 @@ PATCHES: tuple[Patch, ...] = (
         "writes to the generator list of torch.cuda",
         (("new_state", "device", "graph_safe"), ("new_state", "device")),
     ),
+    megatron(
+        "core.tensor_parallel.random:CudaRNGStatesTracker.fork",
+        "cpu_adaptor:fork_without_warning",
+        "warns at each dropout that the CPU's random state moved, which is the device's",
+        (("self", "name"),),
+    ),
 )
 
 MEGATRON_LM_PATCHES: tuple[Patch, ...] = (

@@ -68,7 +68,7 @@ PATCHES: tuple[Patch, ...] = (
     ),
     _core(
         "transformer.transformer_block:TransformerBlock.sharded_state_dict",
-        "checkpoints:a_key_for_each_layer",
+        "checkpoints.layer_keys:a_key_for_each_layer",
         "a key that stacks all layers cannot be saved by a site that holds some",
         (("self", "prefix", "sharded_offsets", "metadata"),),
     ),

@@ -72,17 +72,18 @@ def _launch(path: Path, config: TrainConfig, overrides: list[str], json_output: 
 
 
 def _check_data(config: TrainConfig) -> None:
-    """Find the usual mistakes about the data before processes start."""
+    """Find the usual mistakes about the data, and where the result goes, before processes start."""
+    from ldt_schedules.training.huggingface_model import check_save
+
     if config.has_vision:
-        from ldt_schedules.training.huggingface_model import check_save
         from ldt_schedules.training.run_data import prepare_images
 
         prepare_images(config)
-        check_save(config, Site.EDGE)
     else:
         from ldt_schedules.training.data import check_data
 
         check_data(config)
+    check_save(config, Site.EDGE)
 
 
 def _check_clipping(config: TrainConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from ldt_schedules.errors import ConfigError
@@ -22,24 +23,34 @@ def agree(run: Session, mine: dict[str, Any], what: str, mend: str) -> None:
     Raises:
         ConfigError: on both sites, with every key that differs and both values.
     """
-    if run.place.site_rank == 0:
-        run.link.publish(f"{what}/{run.place.site}", mine)
-    other = Site.CLOUD if run.place.site is Site.EDGE else Site.EDGE
-    theirs = run.link.fetch(f"{what}/{other}", f"the {other}'s {what}")
-    lines = differing_keys(mine, theirs, run.place.site)
-    # Nobody leaves, and takes the store along, before everybody has read.
-    run.link.wait_for_all()
+    both = exchange(run, what, mine)
+    lines = differing_keys(both[Site.EDGE], both[Site.CLOUD])
     if lines:
         raise ConfigError(f"the two sites have different {what}:\n  " + "\n  ".join(lines) + f"\n{mend}")
 
 
-def differing_keys(mine: dict[str, Any], theirs: dict[str, Any], my_site: Site | str = Site.EDGE) -> list[str]:
+def exchange(run: Session, what: str, mine: dict[str, Any]) -> dict[Site, dict[str, Any]]:
+    """What each site says: this one's is `mine`, of the other its first process's counts. A collective of both sites.
+
+    Args:
+        what: the name of the thing, in the singular or plural as a message needs it; once for each exchange of a run.
+        mine: of JSON types.
+    """
+    if run.place.site_rank == 0:
+        run.link.publish(f"{what}/{run.place.site}", mine)
+    other = Site.CLOUD if run.place.site is Site.EDGE else Site.EDGE
+    theirs = run.link.fetch(f"{what}/{other}", f"the {other}'s {what}")
+    # Nobody leaves, and takes the store along, before everybody has read.
+    run.link.wait_for_all()
+    return {run.place.site: json.loads(json.dumps(mine)), other: theirs}
+
+
+def differing_keys(edge: dict[str, Any], cloud: dict[str, Any]) -> list[str]:
     """One line for each key of two fingerprints that differs, the edge's value first.
 
     >>> differing_keys({"train.lr": 0.001}, {"train.lr": 0.002})
     ['train.lr: edge 0.001, cloud 0.002']
     """
-    edge, cloud = (mine, theirs) if str(my_site) == "edge" else (theirs, mine)
     return [
         f"{key}: edge {_shown(edge, key)}, cloud {_shown(cloud, key)}"
         for key in sorted({*edge, *cloud})

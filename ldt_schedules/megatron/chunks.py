@@ -54,6 +54,24 @@ class StageChunks(MegatronModule):
         """Everything that holds parameters, for `global_parameters`."""
         raise NotImplementedError
 
+    def named_chunks(self) -> Iterator[tuple[str, Any]]:
+        """`(name of a submodule, what saves itself)`, for checkpoints."""
+        raise NotImplementedError
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """For megatron-core's checkpoints; keys inside are those of the whole model, a tied weight is there once."""
+        found: dict[str, Any] = {}
+        seen: set[int] = set()
+        for name, chunk in self.named_chunks():
+            for key, value in chunk.sharded_state_dict(prefix, sharded_offsets, metadata).items():
+                weight = getattr(value, "data", None)
+                if not isinstance(weight, torch.nn.Parameter) or id(weight) not in seen:
+                    found[f"{name}.{key}"] = value
+                seen.add(id(weight))
+        return found
+
     @property
     def shares_parameters(self) -> bool:
         """Do two stages hold a parameter in common (tied embeddings)?"""
@@ -100,35 +118,23 @@ class EdgeChunks(StageChunks):
     def state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
         """`head.…` and `tail.…`, each as the chunk itself names it."""
         found: dict[str, Any] = {} if destination is None else destination
-        for name, chunk in self._chunks():
+        for name, chunk in self.named_chunks():
             chunk.state_dict(destination=found, prefix=f"{prefix}{name}.", keep_vars=keep_vars)
         return found
 
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """The same for megatron-core's checkpoints; keys inside are those of the whole model, a tied weight is there once."""
-        found: dict[str, Any] = {}
-        for name, chunk in self._chunks():
-            for key, value in chunk.sharded_state_dict(prefix, sharded_offsets, metadata).items():
-                found[f"{name}.{key}"] = value
-        if self.shares_parameters:
-            found.pop(f"tail.{prefix}{_OUTPUT_WEIGHT}", None)
-        return found
-
     def load_state_dict(self, state_dict: Any, strict: bool = True) -> None:
-        """Takes what the two functions above give."""
+        """Takes what `state_dict` gives, and what is loaded by `sharded_state_dict`."""
         given = dict(state_dict)
         if self.shares_parameters and f"head.{_EMBEDDING_WEIGHT}" in given:
             given[f"tail.{_OUTPUT_WEIGHT}"] = given[f"head.{_EMBEDDING_WEIGHT}"]
-        for name, chunk in self._chunks():
+        for name, chunk in self.named_chunks():
             start = f"{name}."
             own = {key.removeprefix(start): value for key, value in given.items() if key.startswith(start)}
             chunk.load_state_dict(own, strict=strict)
 
-    def _chunks(self) -> tuple[tuple[str, Any], ...]:
-        encoders = ((f"encoders.{name}", encoder) for name, encoder in self.encoders.items())
-        return (("head", self.head), ("tail", self.tail), *encoders)
+    def named_chunks(self) -> Iterator[tuple[str, Any]]:
+        yield from (("head", self.head), ("tail", self.tail))
+        yield from ((f"encoders.{name}", encoder) for name, encoder in self.encoders.items())
 
 
 def build_chunks(
@@ -216,8 +222,8 @@ def unwrapped(module: torch.nn.Module) -> Any:
     return inner.language_model if isinstance(inner, JoiningHead) else inner
 
 
-def _innermost(model: torch.nn.Module) -> Any:
-    """What the wrappers hold: the chunks of a process, a multimodal model in one process, or the one chunk."""
+def bare_module(model: torch.nn.Module) -> Any:
+    """What its wrappers hold: the chunks of a process, a multimodal model in one process, or the one chunk."""
     inner: Any = model
     while not isinstance(inner, (StageChunks, UnsplitModel)) and hasattr(inner, "module"):
         inner = inner.module
@@ -233,7 +239,7 @@ def _of_one_module(model: torch.nn.Module, layout: Layout, rank: int) -> dict[in
     Raises:
         ConfigError: the table has other stages on this rank.
     """
-    inner, mine = _innermost(model), layout.stages_on(rank)
+    inner, mine = bare_module(model), layout.stages_on(rank)
     found = inner.stage_modules if isinstance(inner, StageChunks) else dict.fromkeys(mine[:1], model)
     if set(found) != set(mine):
         raise ConfigError(
@@ -257,7 +263,7 @@ def modules_on_rank(chunks: list[torch.nn.Module], layout: Layout, rank: int) ->
     """
     heads = sum(layout.is_head(stage) for stage in layout.stages_on(EDGE_RANK))
     laps = len(layout.stages_on(EDGE_RANK)) - 1 if heads == 1 else 1
-    together = len(chunks) == 1 and isinstance(_innermost(chunks[0]), StageChunks)
+    together = len(chunks) == 1 and isinstance(bare_module(chunks[0]), StageChunks)
     expected = 1 if laps == 1 or together else laps + 1
     if len(chunks) != expected:
         what = "a site of a U holds one wrapped module" if laps == 1 else f"a U of {laps} laps holds {expected} chunks"
@@ -278,7 +284,7 @@ def modules_on_rank(chunks: list[torch.nn.Module], layout: Layout, rank: int) ->
 
 def shares_parameters(model: torch.nn.Module) -> bool:
     """Does the model hold two stages with a parameter in common?"""
-    inner = _innermost(model)
+    inner = bare_module(model)
     return isinstance(inner, StageChunks) and inner.shares_parameters
 
 
@@ -288,7 +294,7 @@ def global_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Pa
     `tail.decoder.layers.0.…` of a chunk that starts at layer 6 is `decoder.layers.6.…`.
     """
     seen: set[int] = set()
-    for prefix, offset, part in _named_parts(_innermost(model)):
+    for prefix, offset, part in _named_parts(bare_module(model)):
         for name, parameter in part.named_parameters():
             if id(parameter) not in seen:
                 seen.add(id(parameter))

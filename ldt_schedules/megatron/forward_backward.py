@@ -6,9 +6,7 @@ below; in a process without a session, an edge alone for example, Megatron's own
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from megatron.core.utils import get_model_config
 
 from ldt_schedules import device
 from ldt_schedules.comm.transport import TensorSpec
-from ldt_schedules.errors import ConfigError, LdtError
+from ldt_schedules.errors import ConfigError
 from ldt_schedules.megatron import session
 from ldt_schedules.megatron.chunks import modules_on_rank, shares_parameters
 from ldt_schedules.megatron.compatibility import call_with_known
@@ -25,13 +23,12 @@ from ldt_schedules.megatron.cross_site import share_num_tokens
 from ldt_schedules.megatron.grad_sync import GradSync, per_chunk, scale_to_global_batch
 from ldt_schedules.megatron.session import Session
 from ldt_schedules.megatron.stages import MegatronStages
+from ldt_schedules.megatron.step_announcement import announce, header_of
 from ldt_schedules.planning.actions import Action, Kind
 from ldt_schedules.planning.dependencies import Value
-from ldt_schedules.planning.formats import table_hash
 from ldt_schedules.planning.table import ScheduleTable
 from ldt_schedules.runtime.batches import SharedBatches
 from ldt_schedules.runtime.executor import Executor, check_executable
-from ldt_schedules.runtime.step_header import StepHeader
 from ldt_schedules.topology import Site
 
 
@@ -89,25 +86,21 @@ def forward_backward_pipelining_without_interleaving(
     modules = modules_on_rank(chunks, table.layout, run.place.pipeline_rank)
     if config.timers is not None:
         config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
-
     grad_sync = GradSync(config, chunks, table.ranks[run.place.pipeline_rank], _reduces_at_end(run, config, chunks[0]))
     if not forward_only:
         grad_sync.close()
         _start_param_sync(config, chunks)
-    batches = SharedBatches(data_iterator[0] if isinstance(data_iterator, list) else data_iterator)
-    stages = MegatronStages(
-        run=run,
-        config=config,
-        modules=modules,
-        table=table,
-        batches=batches,
-        header=_exchange_header(run, batches, _header(run, table, config, seq_length, micro_batch_size)),
-        grad_sync=grad_sync,
+    stages = _announced_stages(
+        run,
+        config,
+        modules,
+        table,
+        grad_sync,
+        data_iterator,
+        (seq_length, micro_batch_size),
         forward_step_func=forward_step_func,
-        num_tokens=torch.zeros([], dtype=torch.int, device=device.current_device()),
         collect_non_loss_data=collect_non_loss_data,
         first_val_step=first_val_step,
-        recompute_window=_recompute_window(config, table.ranks[run.place.pipeline_rank]),
     )
     embedding_module = None if forward_only else _clear_deferred_embedding(run, config, stages)
     _execute(stages)
@@ -118,6 +111,37 @@ def forward_backward_pipelining_without_interleaving(
     if config.timers is not None:
         config.timers("forward-backward").stop()
     return stages.forward_data_store
+
+
+def _announced_stages(
+    run: Session,
+    config: Any,
+    modules: dict[int, torch.nn.Module],
+    table: ScheduleTable,
+    grad_sync: GradSync,
+    data_iterator: Iterator[Any] | list[Any] | None,
+    sizes: tuple[int, int],
+    **of_the_loop: Any,
+) -> MegatronStages:
+    """What computes the step, once both sites know that they are about to run the same one.
+
+    Args:
+        sizes: length of a sequence, sequences of a microbatch.
+        of_the_loop: what the training loop's call says and the stages alone must know.
+    """
+    batches = SharedBatches(data_iterator[0] if isinstance(data_iterator, list) else data_iterator)
+    return MegatronStages(
+        run=run,
+        config=config,
+        modules=modules,
+        table=table,
+        batches=batches,
+        header=announce(run, batches, header_of(run, table, config, *sizes)),
+        grad_sync=grad_sync,
+        num_tokens=torch.zeros([], dtype=torch.int, device=device.current_device()),
+        recompute_window=_recompute_window(config, table.ranks[run.place.pipeline_rank]),
+        **of_the_loop,
+    )
 
 
 def _execute(stages: MegatronStages) -> None:
@@ -174,58 +198,6 @@ def _recompute_window(config: Any, row: tuple[Action, ...]) -> dict[int, int] | 
         elif action.kind is Kind.B:
             now[action.stage] -= 1
     return most
-
-
-def _header(run: Session, table: ScheduleTable, config: Any, seq_length: int, micro_batch_size: int) -> StepHeader:
-    shape = (seq_length, micro_batch_size, config.hidden_size)
-    dtype = config.pipeline_dtype or config.params_dtype
-    return StepHeader(
-        step=run.steps,
-        forward_only=table.forward_only,
-        table_hash=table_hash(table),
-        shapes=(shape,) * table.num_microbatches,
-        dtype=str(dtype).removeprefix("torch."),
-    )
-
-
-def _exchange_header(run: Session, batches: SharedBatches, mine: StepHeader) -> StepHeader:
-    """The edge announces the step, the cloud checks that it is about to run the same one.
-
-    Raises:
-        LdtError: another step, or the edge cannot read its batches: then all its replicas and the cloud are told so, and no
-            more.
-    """
-    failed: Exception | None = None
-    if run.place.site is Site.EDGE and run.microbatch_format is not None:
-        try:
-            drawn = batches.draw(mine.num_microbatches)
-            mine = replace(mine, told=tuple(run.microbatch_format.told(batch) for batch in drawn))
-        except Exception as error:
-            failed = error
-        mine = _of_all_replicas(mine, failed)
-    header = StepHeader.from_message(run.from_edge("header", mine.to_message()))
-    if header.failure is not None:
-        # Nobody leaves, and takes the store along, before everybody has read. Who has lost the link has read, too.
-        with contextlib.suppress(LdtError):
-            run.link.wait_for_all()
-    if failed is not None:
-        raise failed
-    header.require_agreement(mine)
-    return header
-
-
-def _of_all_replicas(mine: StepHeader, failed: Exception | None) -> StepHeader:
-    """The header of an edge process, a failure if any process of the edge could not read its batches. A collective.
-
-    Else the other replicas, and their clouds, would begin a step that can never be finished.
-    """
-    badness = 0 if failed is None else 1 if isinstance(failed, ConfigError) else 2
-    worst = torch.tensor([badness], device=device.current_device())
-    torch.distributed.all_reduce(worst, op=torch.distributed.ReduceOp.MAX)
-    if not worst.item():
-        return mine
-    why = f"the edge could not read the batches of step {mine.step} and stopped; its own log says why"
-    return replace(mine, failure=why, mistake=worst.item() == 1, told=None)
 
 
 def _whole_spec(message: Value, stages: MegatronStages) -> TensorSpec:

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from ldt_schedules.errors import LdtError
-from ldt_schedules.megatron.vision_language.microbatches import from_runs, packed_positions, positions_of, runs
+from ldt_schedules.megatron.segments import from_runs, runs
+from ldt_schedules.megatron.vision_language.microbatches import packed_positions, positions_of
 from ldt_schedules.runtime.microbatch_format import Told
 
 Batch = dict[str, Any]

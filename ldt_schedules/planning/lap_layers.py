@@ -8,7 +8,11 @@ Two ways to write 18 and 32 layers over P = 3 (edge, two cloud ranks):
     vit: [[3, 7, 7], [1, 0, 0], [0, 0, 0]]          MindSpeed-MM's `pipeline_num_layers`: a row for each model chunk,
     llm: [[0, 0, 0], [0, 16, 16], [0, 0, 0]]        a column for each pipeline rank
 
-The last entry of the vision lap and the first of the language lap are one stage, on the edge.
+The last entry of the vision lap and the first of the language lap are one stage, on the edge. An edge that is alone holds
+all of both in one stage:
+
+    vit: [18]
+    llm: [32]
 """
 
 from __future__ import annotations
@@ -18,35 +22,63 @@ from dataclasses import dataclass
 from typing import Any
 
 from ldt_schedules.planning.errors import ScheduleError
-from ldt_schedules.planning.layers import parse_layers
+from ldt_schedules.planning.layers import parse_layers, stage_of_layer
+from ldt_schedules.planning.layout import Layout
 
 VIT, LLM = "vit", "llm"
 
 
 @dataclass(frozen=True, slots=True)
 class LapLayers:
-    """Layers of each place of a lap: edge, cloud 1, ..., edge again. Both have `P + 1` entries; 1 where P is 1."""
+    """Layers of each place of a lap: edge, cloud 1, ..., edge again.
+
+    Attributes:
+        vit: of the stages 0..P.
+        llm: of the stages P..2P. An edge that is alone has one stage, number 0, and one entry in each.
+
+    Raises:
+        ScheduleError: the laps have not as many entries as each other, or as any U; or an entry is below 0.
+    """
 
     vit: tuple[int, ...]
     llm: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        if len(self.vit) != len(self.llm) or len(self.vit) in (0, 2) or min(*self.vit, *self.llm) < 0:
+            raise ScheduleError(
+                f"layers {list(self.vit)} of the ViT and {list(self.llm)} of the language model: each list needs one "
+                "number, 0 or more, for each of the P + 1 stages of its lap, or one in all for an edge that is alone"
+            )
+
     @property
-    def num_places(self) -> int:
-        """Pipeline ranks of a lap, P."""
-        return max(1, len(self.vit) - 1)
+    def num_ranks(self) -> int:
+        """Pipeline ranks of a lap, P; 1 of an edge that is alone."""
+        return max(1, self.joining_stage)
+
+    @property
+    def num_stages(self) -> int:
+        """2P + 1; 1 of an edge that is alone."""
+        return 2 * self.joining_stage + 1
 
     @property
     def joining_stage(self) -> int:
-        """The stage that ends the first lap and begins the second."""
-        return self.num_places
+        """The stage that ends the first lap and begins the second: P; 0 of an edge that is alone."""
+        return len(self.vit) - 1
 
-    def vit_of(self, stage: int) -> int:
-        """Vision layers of a stage."""
-        return self.vit[stage] if stage < len(self.vit) else 0
+    def layers_of(self, stage: int) -> tuple[int, int]:
+        """Vision and language layers of a stage."""
+        joining = self.joining_stage
+        return self.vit[stage] if stage <= joining else 0, self.llm[stage - joining] if stage >= joining else 0
 
-    def llm_of(self, stage: int) -> int:
-        """Language layers of a stage."""
-        return self.llm[stage - self.joining_stage] if stage >= self.joining_stage else 0
+    def stage_of(self, lap: str, layer: int) -> int:
+        """The stage that holds layer number `layer`, from 0, of the `vit` or of the `llm`."""
+        if lap == VIT:
+            return stage_of_layer(self.vit, layer)
+        return self.joining_stage + stage_of_layer(self.llm, layer)
+
+    def layout(self, domains: int = 1) -> Layout:
+        """The stages on their ranks, with a cloud pipeline for each domain."""
+        return Layout.laps(self.num_ranks, 2, domains) if self.num_ranks > 1 else Layout.alone()
 
 
 def parse_lap_layers(value: Any, num_vit_layers: int, num_llm_layers: int, num_ranks: int) -> LapLayers:
@@ -76,10 +108,10 @@ def frozen_stages(layers: LapLayers, frozen: frozenset[str]) -> set[int]:
         frozen: of `vit` (patch embedding and vision layers), `projector` (on the joining stage) and `language` (text
             embedding, on the joining stage; language layers; norm and output layer, in the tail).
     """
-    joining, tail = layers.joining_stage, 2 * layers.num_places
+    joining = layers.joining_stage
     parts = {stage: {"vit"} for stage in range(joining)}
-    parts[joining] = {"projector", "language"} | ({"vit"} if layers.vit_of(joining) else set())
-    parts |= {stage: {"language"} for stage in range(joining + 1, tail + 1)}
+    parts[joining] = {"projector", "language"} | ({"vit"} if layers.vit[joining] else set())
+    parts |= {stage: {"language"} for stage in range(joining + 1, layers.num_stages)}
     return {stage for stage, held in parts.items() if held <= frozen}
 
 

@@ -12,6 +12,7 @@ cosmetic, and a stage with nothing between its bars holds no layer.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -63,6 +64,14 @@ def read_layers(value: str | int | Sequence[int]) -> tuple[int, ...]:
         ScheduleError: counts that are no numbers, or a layout that cannot be read.
     """
     return parse_layout(value) if isinstance(value, str) else _checked_counts(value)
+
+
+def stage_of_layer(layers: Sequence[int], layer: int) -> int:
+    """Which entry of a split holds layer number `layer`, from 0."""
+    ends = itertools.accumulate(layers)
+    stage = next((stage for stage, end in enumerate(ends) if layer < end), None)
+    assert stage is not None, f"{list(layers)} have no layer {layer}"
+    return stage
 
 
 def split_evenly(num_layers: int, num_stages: int) -> tuple[int, ...]:

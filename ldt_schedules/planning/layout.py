@@ -125,6 +125,11 @@ class Layout:
             raise ScheduleError(f"domain_of has {len(self.domain_of)} entries for {num_microbatches} microbatches")
 
     @classmethod
+    def alone(cls) -> Layout:
+        """The whole model in one stage, on the edge."""
+        return cls((Stage(0, "whole", (EDGE_RANK,), ()),))
+
+    @classmethod
     def u(cls, num_ranks: int, domains: int = 1) -> Layout:
         """The U over `num_ranks` pipeline ranks: stages `0..P`, stage `s` on rank `s mod P`.
 

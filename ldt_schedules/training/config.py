@@ -22,9 +22,11 @@ from ldt_schedules.planning.errors import ScheduleError
 from ldt_schedules.planning.lap_layers import LapLayers, frozen_stages, parse_lap_layers
 from ldt_schedules.planning.layers import parse_layers, read_layers
 from ldt_schedules.planning.layout import Layout
-from ldt_schedules.topology import Site, SiteSize, Topology, nearest_multiples
+from ldt_schedules.topology import Site, SiteSize, Topology
 from ldt_schedules.training.config_file import apply_overrides, explain, keys_of, read_yaml
 from ldt_schedules.training.huggingface_model import with_sizes
+from ldt_schedules.training.model_config import model_problems, must_divide
+from ldt_schedules.training.section import Section
 from ldt_schedules.training.sections import (
     DataSection,
     EdgeSection,
@@ -32,7 +34,6 @@ from ldt_schedules.training.sections import (
     LinkSection,
     ModelSection,
     ScheduleSection,
-    Section,
     SitesSection,
     TrainSection,
     VisionSection,
@@ -41,6 +42,8 @@ from ldt_schedules.training.vision_config import TWO_LAPS, vision_problems
 
 SITE_LOCAL_KEYS = (
     "data.path",
+    "data.format",
+    "data.packing",
     "data.on_bad_sample",
     "data.padding_side",
     "data.tokenizer",
@@ -52,6 +55,9 @@ SITE_LOCAL_KEYS = (
     "train.threads",
     "train.recompute",
     "train.trace_iterations",
+    "train.checkpoint_dir",
+    "train.keep_checkpoints",
+    "train.async_save",
     "link.address",
     "link.timeout_s",
 )
@@ -126,17 +132,19 @@ class TrainConfig(Section):
 
     @cached_property
     def layout(self) -> Layout:
-        """The U, with a cloud pipeline for each domain; not for an edge that is alone."""
-        if not self.has_vision:
-            return Layout.u(self.num_pipeline_ranks, self.topology.domains)
-        layout = Layout.laps(self.num_pipeline_ranks, 2, self.topology.domains)
-        return layout.freeze(frozen_stages(self.lap_layers, frozenset(self.vision.frozen)))
+        """The U, with a cloud pipeline for each domain; one stage for an edge that is alone."""
+        domains = self.topology.domains
+        if self.has_vision:
+            frozen = frozen_stages(self.lap_layers, frozenset(self.vision.frozen))
+            return self.lap_layers.layout(domains).freeze(frozen)
+        return Layout.u(self.num_pipeline_ranks, domains) if self.num_pipeline_ranks > 1 else Layout.alone()
 
     def site_processes(self, site: Site) -> int:
         """Processes of one site; 0 for the cloud of an edge that is alone."""
         return self.topology.world_size(site)
 
-    def _sites_in_use(self) -> list[tuple[str, EdgeSection]]:
+    def sites_in_use(self) -> list[tuple[str, EdgeSection]]:
+        """`edge`, and `cloud` if there is one, with their sections."""
         edge, cloud = self._both_sites()
         return [("edge", edge), ("cloud", cloud)] if self.sites.cloud.pipeline_ranks else [("edge", edge)]
 
@@ -156,7 +164,12 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check_across_keys(self) -> TrainConfig:
-        problems = [*self._site_problems(), *self._model_problems(), *self._batch_problems(), *self._trace_problems()]
+        problems = [*self._site_problems(), *model_problems(self), *self._batch_problems(), *self._trace_problems()]
+        if self.train.save_hf is not None and self.model.hf is None:
+            problems.append(
+                "train.save_hf writes what model.hf was read from, with new weights, but model.hf is null; set it, or leave "
+                "train.save_hf out"
+            )
         problems += vision_problems(self)
         if problems:
             raise ValueError("\n".join(problems))
@@ -166,7 +179,7 @@ class TrainConfig(Section):
         edge, cloud = self._both_sites()
         if self.sites.cloud.pipeline_ranks:
             replicas = "sites.edge.data_parallel", edge.data_parallel
-            yield from _must_divide("sites.cloud.data_parallel", cloud.data_parallel, *replicas)
+            yield from must_divide("sites.cloud.data_parallel", cloud.data_parallel, *replicas)
         yield from self._layer_problems()
 
     def _layer_problems(self) -> Iterator[str]:
@@ -190,31 +203,12 @@ class TrainConfig(Section):
         except ScheduleError as error:
             yield f"{error} (keys: layers, model.num_layers, sites.cloud.pipeline_ranks)"
 
-    def _model_problems(self) -> Iterator[str]:
-        model = self.model
-        heads, groups = model.num_attention_heads, model.num_query_groups
-        yield from _must_divide("model.hidden_size", model.hidden_size, "model.num_attention_heads", heads)
-        yield from _must_divide("model.num_attention_heads", heads, "model.num_query_groups", groups)
-        if "sequence_parallel" in model.megatron:
-            yield "model.megatron.sequence_parallel: set sites.edge.sequence_parallel and sites.cloud.sequence_parallel"
-        for name, site in self._sites_in_use():
-            tensor = f"sites.{name}.tensor_parallel", site.tensor_parallel
-            for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-                yield from _must_divide(f"model.{key}", getattr(model, key), *tensor)
-            if site.sequence_parallel:
-                yield from _must_divide("model.seq_length", model.seq_length, *tensor)
-        if model.position_embedding == "rope" and model.hidden_size % heads == 0 and model.hidden_size // heads % 2:
-            yield (
-                f"model.position_embedding rope needs an even head width, but model.hidden_size {model.hidden_size} / "
-                f"model.num_attention_heads {heads} = {model.hidden_size // heads}; change one of the two"
-            )
-
     def _batch_problems(self) -> Iterator[str]:
         train = self.train
-        name, site = self._sites_in_use()[-1]  # the cloud's replicas are a multiple of the edge's
+        name, site = self.sites_in_use()[-1]  # the cloud's replicas are a multiple of the edge's
         per_step = train.micro_batch_size * site.data_parallel
         factors = f"train.micro_batch_size {train.micro_batch_size} x sites.{name}.data_parallel {site.data_parallel} ="
-        yield from _must_divide("train.global_batch_size", train.global_batch_size, factors, per_step)
+        yield from must_divide("train.global_batch_size", train.global_batch_size, factors, per_step)
         if train.min_lr > train.lr:
             yield f"train.min_lr {train.min_lr:g} is above train.lr {train.lr:g}; lower it or raise train.lr"
         if train.eval_interval and not self.data.validation_fraction:
@@ -267,6 +261,7 @@ def shared_fingerprint(config: TrainConfig) -> dict[str, Any]:
     # Whether weights are loaded and saved must be known to both; where they are is each one's own business.
     content["model"]["hf"] = config.model.hf is not None
     content["train"]["save_hf"] = config.train.save_hf is not None
+    content["train"]["load"] = config.train.load is not None
     # Lists, as they come back from the other site.
     content["layers"] = (
         {"vit": list(config.lap_layers.vit), "llm": list(config.lap_layers.llm)}
@@ -275,12 +270,6 @@ def shared_fingerprint(config: TrainConfig) -> dict[str, Any]:
     )
     shared = sorted(set(keys_of(TrainConfig)) - set(SITE_LOCAL_KEYS))
     return {key: reduce(getitem, key.split("."), content) for key in shared}
-
-
-def _must_divide(name: str, value: int, divisor_name: str, divisor: int) -> Iterator[str]:
-    if value % divisor:
-        allowed = nearest_multiples(value, divisor)
-        yield f"{name} {value} is not a multiple of {divisor_name} {divisor}; change one of them ({allowed} would do)"
 
 
 def _indented(text: str) -> str:

@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -157,9 +157,12 @@ def _nearest_key(loc: list[str], section: type[BaseModel], model: type[BaseModel
 def _section_at(model: type[BaseModel], loc: list[str]) -> type[BaseModel]:
     for part in loc:
         field = model.model_fields.get(part)
-        if field is None or not _is_section(field.annotation):
+        # A section that may be left out is one of several types.
+        choices = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        section = next(filter(_is_section, choices), None)
+        if section is None:
             return model
-        model = field.annotation  # type: ignore[assignment]
+        model = section  # type: ignore[assignment]
     return model
 
 

@@ -28,7 +28,7 @@ def documents(path: str | None) -> Iterator[str]:
         ConfigError: as `check_text_file`; a .jsonl line that is no object with a text (with its number).
     """
     if path is None:
-        yield from _library_sources()
+        yield from (text for _, text in library_sources())
         return
     file = Path(path)
     if is_jsonl(file):
@@ -115,8 +115,8 @@ def _text_of_line(file: Path, number: int, raw: bytes) -> str:
     return text
 
 
-def _library_sources() -> Iterator[str]:
-    """The library's .py files, up to `STDLIB_MAX_BYTES`.
+def library_sources() -> Iterator[tuple[Path, str]]:
+    """The library's .py files with their paths inside it, up to `STDLIB_MAX_BYTES`.
 
     They come in the order of a hash of their names: the same everywhere, and mixed, so that neither the cap nor
     the validation part (the end of the corpus) falls on one package.
@@ -133,6 +133,6 @@ def _library_sources() -> Iterator[str]:
         total += len(text)
         if total > STDLIB_MAX_BYTES:
             return
-        yield text
+        yield name, text
     if not total:
         raise ConfigError(f"this Python has no library sources in {root}; set data.path to a text file")

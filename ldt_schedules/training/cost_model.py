@@ -5,8 +5,8 @@
 
 A layer of hidden size h, MLP width f, a heads of width d, g key/value heads, on b samples of s tokens:
 
-    operations    linear  2 s b (h (h + 2 g d) + h h + h f + f h)       the MLP's way up twice for a gate
-                  core    2 s b (2 s h)                                 scores, and scores times values
+    operations    linear  2 s b (h (a d + 2 g d) + a d h + h f + f h)   the MLP's way up twice for a gate
+                  core    2 s b (2 s a d)                               scores, and scores times values
     F             linear + core
     I             linear + 2 core, and what is recomputed              the gradient of the input
     W             linear                                                the gradient of the weights
@@ -41,7 +41,6 @@ from ldt_schedules.training.parameters import (
 from ldt_schedules.training.sections import OTHER_SHAPES, set_among
 from ldt_schedules.training.shapes import FP32_BYTES, Shapes
 from ldt_schedules.training.stage_work import StageWork
-from ldt_schedules.training.vision_parts import lap_stages
 from ldt_schedules.training.vision_work import (
     vision_activation_bytes,
     vision_messages,
@@ -166,9 +165,11 @@ def describe_costs(problem: Problem, config: TrainConfig) -> list[CostRow]:
     """The problem as a table for people, modelled or measured (then with the times of microbatch 0)."""
     costs, layout = problem.costs, problem.layout
     work = stage_work(config, _padded_vocab(config, None))
-    split = lap_stages(config) if config.has_vision else tuple((None, layers) for layers in config.layer_split)
     rows = []
     for stage in layout.stages:
+        vision, language = (
+            config.lap_layers.layers_of(stage.index) if config.has_vision else (None, config.layer_split[stage.index])
+        )
         consumers = layout.consumers(stage.index)
         kinds = (Kind.B,) if costs.can(Kind.B, stage.index) else (Kind.I, Kind.W)
         rows.append(
@@ -176,8 +177,8 @@ def describe_costs(problem: Problem, config: TrainConfig) -> list[CostRow]:
                 stage=stage.index,
                 name=stage.name,
                 rank=stage.ranks[0],
-                layers=split[stage.index][1],
-                vision_layers=split[stage.index][0],
+                layers=language,
+                vision_layers=vision,
                 forward_gflop=work[stage.index].forward / 1e9,
                 forward_ms=1e3 * costs.time(Kind.F, stage.index, 0),
                 backward_ms=1e3 * sum(costs.time(kind, stage.index, 0) for kind in kinds),

@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from ldt_schedules.errors import ConfigError
+from ldt_schedules.training.chat.samples import read_samples
 from ldt_schedules.training.config import TrainConfig
 from ldt_schedules.training.corpus import check_readable, check_text_file, documents, is_jsonl
+from ldt_schedules.training.data_format import holds_messages
 from ldt_schedules.training.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
 
 if TYPE_CHECKING:
@@ -30,6 +32,13 @@ if TYPE_CHECKING:
 Split = Literal["train", "validation"]
 
 _LOOK_BYTES = 1 << 20
+
+
+def unigram_entropy(tokens: np.ndarray) -> float:
+    """Nats a token of `[n]` ids, each foretold by how frequent it is among them."""
+    counts = np.bincount(tokens).astype(np.float64)
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
 
 
 @dataclass(frozen=True)
@@ -45,9 +54,7 @@ class Corpus:
 
         A loss below it shows that context is being used.
         """
-        counts = np.bincount(self.tokens, minlength=self.vocab_size).astype(np.float64)
-        shares = counts[counts > 0] / counts.sum()
-        return float(-(shares * np.log(shares)).sum())
+        return unigram_entropy(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -81,12 +88,15 @@ def open_dataset(config: TrainConfig) -> TokenDataset:
 
 
 def check_data(config: TrainConfig) -> None:
-    """Find the usual mistakes about `data.path` in a moment, without reading all of it.
+    """Find the usual mistakes about `data.path` in a moment, without reading all of it; of conversations every line.
 
     Raises:
-        ConfigError: missing, unreadable, empty, or a beginning that is no text.
+        ConfigError: missing, unreadable, empty, or a beginning that is no text; a line that is no conversation.
     """
-    if config.data.path is not None:
+    if holds_messages(config):
+        if config.data.path is not None and config.data.on_bad_sample == "stop":
+            read_samples(config.data.path, pictures=False)
+    elif config.data.path is not None:
         file = Path(config.data.path)
         check_readable(file)
         if is_jsonl(file):
@@ -121,7 +131,7 @@ def cut(corpus: Corpus, seq_length: int, validation_fraction: float, *, name: st
         ConfigError: not enough tokens for one training sample (and one for validation, where a share is asked for).
     """
     samples = (len(corpus.tokens) - 1) // seq_length
-    validation = max(1, round(samples * validation_fraction)) if validation_fraction > 0 else 0
+    validation = validation_share(samples, validation_fraction)
     if samples - validation < 1:
         needed = (1 + (validation_fraction > 0)) * seq_length + 1
         parts = "one sample to train on and one to validate on" if validation else "one sample"
@@ -130,6 +140,11 @@ def cut(corpus: Corpus, seq_length: int, validation_fraction: float, *, name: st
             f"give more text or lower model.seq_length"
         )
     return TokenDataset(corpus, seq_length, samples - validation, validation)
+
+
+def validation_share(samples: int, fraction: float) -> int:
+    """How many samples, of the last, are kept for evaluation: at least one where any share is."""
+    return max(1, round(samples * fraction)) if fraction > 0 else 0
 
 
 @lru_cache(maxsize=4)
@@ -155,9 +170,7 @@ def batches(
     """Endless microbatches of one data-parallel replica.
 
     Args:
-        consumed_samples: global samples that were seen before, over all replicas; a step consumes
-            `train.global_batch_size`. Give 0 for each evaluation, and it sees the same samples every time.
-        data_rank: number of the replica among `config.data_parallel`.
+        consumed_samples, data_rank: as of `dealt`.
 
     Yields:
         `tokens`, `labels`, `position_ids` (int64) and `loss_mask` (float32), each `[b, s]`, on the CPU.
@@ -165,14 +178,31 @@ def batches(
     Raises:
         ConfigError: the split has no sample.
     """
-    num_samples = dataset.num_samples(split)
+    for order in dealt(
+        dataset.num_samples(split), config, split=split, consumed_samples=consumed_samples, data_rank=data_rank
+    ):
+        yield _as_batch(np.stack([dataset.sample(split, index) for index in order]))
+
+
+def dealt(
+    num_samples: int, config: TrainConfig, *, split: Split, consumed_samples: int, data_rank: int
+) -> Iterator[list[int]]:
+    """The samples of each microbatch of one data-parallel replica, endless.
+
+    Args:
+        consumed_samples: global samples that were seen before, over all replicas; a step consumes
+            `train.global_batch_size`. Give 0 for each evaluation, and it sees the same samples every time.
+        data_rank: number of the replica among `config.data_parallel`.
+
+    Raises:
+        ConfigError: the split has no sample.
+    """
     if not num_samples:
         raise ConfigError(f"there is no {split} data; set data.validation_fraction above 0 or train.eval_interval=0")
     per_replica = config.train.micro_batch_size
     position = consumed_samples + data_rank * per_replica
     while True:
-        order = [sample_index(position + i, num_samples, config.train.seed) for i in range(per_replica)]
-        yield _as_batch(np.stack([dataset.sample(split, index) for index in order]))
+        yield [sample_index(position + i, num_samples, config.train.seed) for i in range(per_replica)]
         position += per_replica * config.data_parallel
 
 

@@ -8,32 +8,36 @@ from collections.abc import Iterator
 from ldt_schedules.planning.layout import EDGE_RANK, Layout
 from ldt_schedules.topology import Site
 from ldt_schedules.training.config import TrainConfig
+from ldt_schedules.training.data_format import has_segments, holds_messages
 from ldt_schedules.training.parameters import (
     ELEMENT_BYTES,
-    bytes_vocab_size,
     padded_vocab_size,
     stage_parameters,
     trained_parameters,
 )
 from ldt_schedules.training.reports import LinkUse, RankRow, RunDescription
-from ldt_schedules.training.vision_parts import joining_stage, lap_stages
 from ldt_schedules.training.vision_shapes import Patches
 
 _DEFAULT_CORPUS = "the sources of Python's standard library"
+_DEFAULT_CHAT = "questions about the functions of Python's standard library"
 _DEFAULT_CHARTS = "drawn charts with questions"
 
 
-def describe_run(config: TrainConfig, vocab_size: int) -> RunDescription:
-    """What the first screen shows. `vocab_size` is the tokenizer's, before padding."""
+def describe_run(config: TrainConfig, vocab_size: int, contents: str = "") -> RunDescription:
+    """What the first screen shows.
+
+    Args:
+        vocab_size: the tokenizer's, special tokens counted, before padding.
+        contents: what was found in the data, where they are open.
+    """
     train = config.train
-    if config.has_vision and config.data.tokenizer == "bytes":
-        vocab_size = max(vocab_size, bytes_vocab_size(config))  # the special tokens of a conversation, too
-    own_data = _DEFAULT_CHARTS if config.has_vision else _DEFAULT_CORPUS
+    own_data = _DEFAULT_CHARTS if config.has_vision else _DEFAULT_CHAT if holds_messages(config) else _DEFAULT_CORPUS
+    found = f": {contents}" if contents else ""
     return RunDescription(
         ranks=tuple(_rank_rows(config, padded_vocab_size(vocab_size, config.sites.edge.tensor_parallel))),
         link=_link_use(config) if config.num_pipeline_ranks > 1 else None,
         model=_model(config, vocab_size),
-        data=f"{config.data.path or own_data}, tokenizer {config.data.tokenizer}",
+        data=f"{config.data.path or own_data}, tokenizer {config.data.tokenizer}{found}",
         schedule=_schedule_name(config),
         iterations=train.iterations,
         num_microbatches=config.num_microbatches,
@@ -79,15 +83,15 @@ def _rank_rows(config: TrainConfig, padded_vocab: int) -> Iterator[RankRow]:
     counts, trained = stage_parameters(config, padded_vocab), trained_parameters(config, padded_vocab)
     vision, language = _splits(config)
     for rank in range(config.num_pipeline_ranks):
-        stages = [stage for stage in range(len(language)) if stage % config.num_pipeline_ranks == rank]
-        site = Site.EDGE if rank == 0 else Site.CLOUD
+        stages = config.layout.stages_on(rank)
+        site = Site.EDGE if rank == EDGE_RANK else Site.CLOUD
         yield RankRow(
             site=str(site),
             pipeline_rank=rank,
             processes=config.topology.size(site).replicas,
             layers=_spans(language, stages),
             parameters=sum(counts[s] for s in stages),
-            holds=_edge_holds(config) if rank == 0 else (),
+            holds=_edge_holds(config) if rank == EDGE_RANK else (),
             vision_layers=None if vision is None else _spans(vision, stages),
             trained_parameters=sum(trained[s] for s in stages),
         )
@@ -97,11 +101,12 @@ def _splits(config: TrainConfig) -> tuple[tuple[int, ...] | None, tuple[int, ...
     """Of each stage the ViT's layers (None of a model of text alone), and the language model's."""
     if not config.has_vision:
         return None, config.layer_split
-    stages = lap_stages(config)
-    return tuple(vision for vision, _ in stages), tuple(language for _, language in stages)
+    laps = config.lap_layers
+    vision, language = zip(*map(laps.layers_of, range(laps.num_stages)), strict=True)
+    return vision, language
 
 
-def _spans(split: tuple[int, ...], stages: list[int]) -> tuple[tuple[int, int], ...]:
+def _spans(split: tuple[int, ...], stages: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     """First and last layer of each of `stages` that has any."""
     return tuple((sum(split[:s]), sum(split[: s + 1]) - 1) for s in stages if split[s])
 
@@ -117,13 +122,15 @@ def _link_use(config: TrainConfig) -> LinkUse:
     model, train = config.model, config.train
     shape = (model.seq_length, train.micro_batch_size, model.hidden_size)
     patches = (round(Patches.of(config).count), 1, config.vision.hidden_size) if config.has_vision else None
-    up, down = _crossing(config.layout, shape, patches or shape, joining_stage(config) if config.has_vision else 0)
+    joining = config.lap_layers.joining_stage if config.has_vision else 0
+    up, down = _crossing(config.layout, shape, patches or shape, joining)
     element, microbatches = ELEMENT_BYTES[model.precision], config.num_microbatches * config.data_parallel
     return LinkUse(
         address=config.link.address if config.link.port else f"{config.link.host}, port chosen at the start",
         dtype=model.precision,
         shape=shape,
         vision_shape=patches,
+        segmented=has_segments(config),
         up_bytes_per_microbatch=up * element,
         down_bytes_per_microbatch=down * element,
         up_bytes_per_step=up * element * microbatches,

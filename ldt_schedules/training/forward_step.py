@@ -20,13 +20,20 @@ LossReport = dict[str, torch.Tensor]
 def forward_step(data_iterator: Iterator[dict[str, torch.Tensor]] | None, model: torch.nn.Module) -> tuple[Any, Any]:
     """Run a stage on the next microbatch.
 
+    Samples of several conversations have `segments`, `[b, s]`, in whose place Megatron knows an attention mask; in the cloud
+    they are what the step header tells of a microbatch.
+
     Returns:
         the stage's output (`[s, b, h]`; at the tail the loss of each token, `[b, s]`) and the loss function.
     """
     if not (parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()):
-        return model(None, None, None), None
+        told = {} if data_iterator is None else next(data_iterator)
+        return model(None, None, told.get("segments")), None
     batch = _batch_on_this_rank(data_iterator)
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    segments = batch.get("segments")
+    if segments is not None:
+        segments = segments.cpu()  # here once, not in each layer: see segment_attention.py
+    output = model(batch["tokens"], batch["position_ids"], segments, labels=batch["labels"])
     return output, partial(loss_of_tokens, batch["loss_mask"])
 
 
@@ -57,9 +64,10 @@ def loss_of_tokens(
 
 def _batch_on_this_rank(data_iterator: Iterator[dict[str, torch.Tensor]] | None) -> dict[str, torch.Tensor]:
     """The tensor-parallel group's first rank reads, the others get its batch; of that each context-parallel rank takes
-    its part of the sequence."""
+    its part of the sequence. A batch with segments all have read: the header, which is written before, tells of them."""
     data = None if data_iterator is None else next(data_iterator)
-    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+    everywhere = data is not None and "segments" in data
+    if everywhere or parallel_state.get_tensor_model_parallel_world_size() == 1:
         assert data is not None
         batch = dict(data)
     else:

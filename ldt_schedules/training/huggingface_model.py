@@ -1,7 +1,8 @@
 """A run that starts from a Hugging Face directory, and gives one back.
 
 `model.hf: DIR` stands for the sizes of the model, its tokenizer and its first weights. Each site reads a directory of its own;
-the cloud's need not have more than config.json, preprocessor_config.json, the index and the files with tensors of its layers.
+the cloud's need not have more than config.json, preprocessor_config.json (of a vision-language model), the index and the files
+with tensors of its layers.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldt_schedules.errors import ConfigError
-from ldt_schedules.planning.lap_layers import LapLayers
+from ldt_schedules.planning.lap_layers import LLM, VIT, LapLayers
+from ldt_schedules.planning.layers import stage_of_layer
+from ldt_schedules.planning.layout import EDGE_RANK, Layout
 from ldt_schedules.topology import Site
 
 if TYPE_CHECKING:
@@ -41,16 +44,17 @@ def with_sizes(content: dict[str, Any]) -> dict[str, Any]:
     from ldt_schedules.megatron.huggingface.directory import open_directory
 
     settings = open_directory(Path(path), part=True).settings
-    completed = dict(content)
+    completed, of_text = dict(content), {"num_layers": 0}
     for section in ("model", "vision"):
-        given, found = sections[section], settings[section]
+        given, found = sections[section], settings.get(section, of_text)
         for key, value in found.items():
             if key in given and given[key] not in (None, value):
                 raise ConfigError(
                     f"{section}.{key} is {given[key]!r}, but {path}/config.json says {value!r}; leave it out, or change it there"
                 )
         completed[section] = {**given, **found}
-    completed["vision"] = {**_pixel_bounds(Path(path)), **completed["vision"]}
+    if "vision" in settings:
+        completed["vision"] = {**_pixel_bounds(Path(path)), **completed["vision"]}
     data = dict(sections["data"])
     if "tokenizer" not in data and any((Path(path) / name).is_file() for name in _TOKENIZERS):
         data["tokenizer"] = path
@@ -117,23 +121,27 @@ def save_weights(config: TrainConfig, model: torch.nn.Module, place: Place, rows
         directory,
         global_parameters(model),
         _sizes(directory, place, rows),
-        lambda name: holder(config.lap_layers, name),
+        lambda name: holder(config.lap_layers if config.has_vision else config.layer_split, config.layout, name),
         place.pipeline_rank,
         _tensor_parallel(),
     )
 
 
-def holder(layers: LapLayers, name: str) -> int:
-    """The pipeline rank that holds a parameter of the whole model; what is in no layer is the edge's."""
-    tower, _, rest = name.partition(".decoder.layers.")
+def holder(layers: LapLayers | tuple[int, ...], layout: Layout, name: str) -> int:
+    """The pipeline rank, of the first domain, that holds a parameter of the whole model; what is in no layer is the edge's.
+
+    Args:
+        layers: of each stage; of a vision-language model those of both laps.
+    """
+    tower, _, rest = name.partition("decoder.layers.")
     if not rest:
-        return 0
-    number, first = int(rest.partition(".")[0]), 0
-    for index, count in enumerate(layers.vit if tower == "vision" else layers.llm):
-        first += count
-        if number < first:
-            return index % layers.num_places
-    raise AssertionError(f"{name}: there is no such layer")
+        return EDGE_RANK
+    layer = int(rest.partition(".")[0])
+    if isinstance(layers, LapLayers):
+        stage = layers.stage_of(VIT if tower == "vision." else LLM, layer)
+    else:
+        stage = stage_of_layer(layers, layer)
+    return layout.stages[stage].ranks[0]
 
 
 def _directory(config: TrainConfig, site: Site) -> HuggingFaceDirectory:

@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ldt_schedules.megatron.compatibility import call_with_known
+from ldt_schedules.megatron.segment_attention import AttentionInSegments
 
 
 class MarkedTorchNorm:
@@ -46,10 +48,19 @@ def block_spec(config: TransformerConfig, num_layers: int) -> TransformerBlockSu
     )
     parts = layer.submodules
     norms = {name: _marked(getattr(parts, name)) for name in ("input_layernorm", "pre_mlp_layernorm")}
-    layer = replace(layer, submodules=replace(parts, **norms))
+    attention = parts.self_attention
+    of_heads = {name: _marked(getattr(attention.submodules, name)) for name in ("q_layernorm", "k_layernorm")}
+    core = _segmented(attention.submodules.core_attention)
+    attention = replace(attention, submodules=replace(attention.submodules, core_attention=core, **of_heads))
+    layer = replace(layer, submodules=replace(parts, self_attention=attention, **norms))
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norms["input_layernorm"])
 
 
 def _marked(norm: Any) -> Any:
     """Apex's norm, where it is installed, marks its own weights."""
     return MarkedTorchNorm if norm is WrappedTorchNorm else norm
+
+
+def _segmented(core: Any) -> Any:
+    """Another core attention, as of context parallelism, knows no segments."""
+    return AttentionInSegments if core is DotProductAttention else core

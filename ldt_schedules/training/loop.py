@@ -23,7 +23,12 @@ from rich.console import Console
 import patches
 from ldt_schedules import device
 from ldt_schedules.megatron import session, world
+from ldt_schedules.megatron.checkpoints.site_directory import Saved
+from ldt_schedules.megatron.checkpoints.site_saver import SiteSaver
+from ldt_schedules.megatron.checkpoints.site_state import Trainee, check_savable
+from ldt_schedules.megatron.segments import SegmentedMicrobatches
 from ldt_schedules.topology import Place, Site
+from ldt_schedules.training.checkpointing import Start, find_start, restore, saver
 from ldt_schedules.training.config import TrainConfig
 from ldt_schedules.training.data import Split
 from ldt_schedules.training.describe import describe_run
@@ -41,6 +46,8 @@ from ldt_schedules.training.tensor_parallel_batches import over_tensor_parallel
 from ldt_schedules.training.vision_model import announce_microbatches
 from ldt_schedules.training.vocabulary import Vocabulary
 
+Report = StepReport | EvalReport | Saved
+
 
 @dataclass(frozen=True)
 class Process:
@@ -49,6 +56,7 @@ class Process:
     Attributes:
         data: at the edge; None in the cloud.
         vocabulary: of the model; in the cloud, which has no embedding, of no meaning.
+        start: what was done before.
         tokens: what this process has read since it was last asked, padding left out.
     """
 
@@ -57,19 +65,29 @@ class Process:
     trained: Trained
     data: RunData | None
     vocabulary: Vocabulary
+    start: Start
     tokens: list[int] = field(default_factory=list)
 
+    @property
+    def trainee(self) -> Trainee:
+        """What a checkpoint keeps."""
+        return Trainee(self.trained.model, self.trained.optimizer, self.trained.scheduler)
+
     def microbatches(self, split: Split) -> Iterator[Any] | None:
-        """Microbatches of this replica; None where they come by broadcast or are not wanted."""
+        """Microbatches of this replica; None where they come by broadcast or are not wanted.
+
+        Those of training begin where an earlier run ended.
+        """
         source = self._read(self.data, split) if self.data is not None and self.place.tensor_rank == 0 else None
-        # What the middle layers need of a vision-language microbatch every process of the edge must know.
-        if self.config.has_vision and self.place.site is Site.EDGE:
+        # What the middle layers must be told of a microbatch every process of the edge must know.
+        if self.data is not None and self.data.announced:
             return over_tensor_parallel(source)
         return source
 
     def _read(self, data: RunData, split: Split) -> Iterator[Any]:
         where = device.current_device()
-        for batch in data.microbatches(split, self.place.data_rank):
+        consumed = self.start.consumed_samples if split == "train" else 0
+        for batch in data.microbatches(split, self.place.data_rank, consumed_samples=consumed):
             self.tokens.append(data.tokens_of(batch))
             yield {name: tensor.to(where) for name, tensor in batch.items()}
 
@@ -119,6 +137,8 @@ def open_process(config: TrainConfig, site: Site, vocab_slices: int | None = Non
     tables = table_source(config) if config.num_pipeline_ranks > 1 else None
     data = open_data(config) if place.site is Site.EDGE else None
     check_save(config, place.site)
+    if config.train.save_interval:
+        check_savable(config.train.distributed_optimizer, config.train.optimizer)
     patches.apply_all()
     here = world.Address(host=os.environ["MASTER_ADDR"], port=int(os.environ["MASTER_PORT"]))
     world.open_site(topology, place, here, config.link.timeout_s, config.train.seed)
@@ -129,10 +149,16 @@ def open_process(config: TrainConfig, site: Site, vocab_slices: int | None = Non
         agree(config, run)
         if config.has_vision:
             announce_microbatches(config, run, device.current_device())
+        elif data is None or data.announced:  # in the cloud it is the header that says whether it is needed
+            run.microbatch_format = SegmentedMicrobatches(config.model.hidden_size)
     vocabulary = Vocabulary()
     if data is not None:
         vocabulary = data.vocabulary(vocab_slices or topology.size(Site.EDGE).tensor)
-    return Process(config, place, build(config, topology, place, vocabulary), data, vocabulary)
+    start = find_start(config, place, session.current())
+    trained = build(config, topology, place, vocabulary, first_weights=start.path is None)
+    process = Process(config, place, trained, data, vocabulary, start)
+    restore(start, config, place, session.current(), process.trainee)
+    return process
 
 
 def run_site(config: TrainConfig, site: str, json_output: bool) -> None:
@@ -142,7 +168,7 @@ def run_site(config: TrainConfig, site: str, json_output: bool) -> None:
         ConfigError, LdtError: see `open_process`.
     """
     process = open_process(config, Site(site))
-    loop = _Loop(process, trace_writer(config, process.place))
+    loop = Loop(process, trace_writer(config, process.place), saver(process.start, config, process.place))
     if process.place.site is Site.EDGE and process.place.site_rank == 0:
         _run_and_show(loop, json_output)
     else:
@@ -156,24 +182,22 @@ def _save(process: Process) -> None:
     save_weights(process.config, process.trained.model, process.place, process.vocabulary.rows)
 
 
-def _run_and_show(loop: _Loop, json_output: bool) -> None:
+def _run_and_show(loop: Loop, json_output: bool) -> None:
     """The edge's first process: screen, metrics, summary."""
     config, data = loop.process.config, loop.process.data
     assert data is not None
     console = Console(stderr=json_output)
-    console.print(first_screen(describe_run(config, data.vocab_size)))
-    start = time.perf_counter()
+    console.print(first_screen(describe_run(config, data.vocab_size, data.contents)))
+    for note in loop.process.start.notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
+    start, done, every = time.perf_counter(), loop.process.start.iteration, config.train.log_interval
     with (
-        MetricsWriter(config.train.output_dir) as metrics,
-        TrainingScreen(config.train.iterations, log_interval=config.train.log_interval, console=console) as screen,
+        MetricsWriter(config.train.output_dir, done) as metrics,
+        TrainingScreen(config.train.iterations, log_interval=every, done=done, console=console) as screen,
     ):
         for report in loop.steps():
-            if isinstance(report, StepReport):
-                metrics.step(report)
-                screen.step(report)
-            else:
-                metrics.evaluation(report)
-                screen.evaluation(report)
+            metrics.report(report)
+            screen.report(report)
     _save(loop.process)
     last = loop.losses[-10:]
     summary = RunSummary(
@@ -194,24 +218,39 @@ def _run_and_show(loop: _Loop, json_output: bool) -> None:
 
 
 @dataclass
-class _Loop:
+class Loop:
     """Steps of one process; the edge's first process reads what they report."""
 
     process: Process
     trace: TraceWriter | None
+    saver: SiteSaver | None
     losses: list[float] = field(default_factory=list)
     validation_loss: float | None = None
     bytes_up: int = 0
     bytes_down: int = 0
 
-    def steps(self) -> Iterator[StepReport | EvalReport]:
-        """Train; yields a report after each step and each evaluation (in the cloud they say nothing)."""
+    def steps(self) -> Iterator[Report]:
+        """Train; yields a report of each step, evaluation and checkpoint (in the cloud the first two say nothing)."""
         train = self.process.config.train
         source = self.process.microbatches("train")
-        for iteration in range(1, train.iterations + 1):
+        for iteration in range(self.process.start.iteration + 1, train.iterations + 1):
             yield self._step(iteration, source)
             if train.eval_interval and iteration % train.eval_interval == 0:
                 yield self._evaluate(iteration)
+            yield from self._checkpoints(iteration)
+        yield from self.saver.finish() if self.saver is not None else ()
+
+    def _checkpoints(self, iteration: int) -> Iterator[Saved]:
+        """Those that are complete now; after every `save_interval` steps and the last one another is begun."""
+        train = self.process.config.train
+        if self.saver is None:
+            return
+        if iteration % train.save_interval == 0 or iteration == train.iterations:
+            samples = self.process.start.consumed_samples
+            samples += (iteration - self.process.start.iteration) * train.global_batch_size
+            yield from self.saver.save(self.process.trainee, iteration, samples)
+        else:
+            yield from self.saver.poll()
 
     def _step(self, iteration: int, source: Iterator[Any] | None) -> StepReport:
         config = self.process.config

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from ldt_schedules.errors import ConfigError
+from ldt_schedules.megatron.checkpoints.site_directory import Saved
 from ldt_schedules.training.reports import EvalReport, StepReport
 
 METRICS_FILE = "metrics.jsonl"
@@ -46,18 +47,19 @@ class MetricsWriter:
         self._file.writelines(kept)
         self._board = _summary_writer(self.path.parent / TENSORBOARD_DIR, start_iteration)
 
-    def step(self, report: StepReport) -> None:
-        """Write one step."""
-        self._write("step", asdict(report))
-        scalars = {key: value for key, value in asdict(report).items() if key not in ("iteration", "skipped")}
-        for name, value in scalars.items():
-            if value is not None:
-                self._board.add_scalar(f"train/{name}", value, report.iteration)
-
-    def evaluation(self, report: EvalReport) -> None:
-        """Write one evaluation."""
-        self._write("evaluation", asdict(report))
-        self._board.add_scalar("validation/loss", report.loss, report.iteration)
+    def report(self, report: StepReport | EvalReport | Saved) -> None:
+        """Write down what just happened."""
+        fields = asdict(report)
+        if isinstance(report, StepReport):
+            self._write("step", fields)
+            for name, value in fields.items():
+                if value is not None and name not in ("iteration", "skipped"):
+                    self._board.add_scalar(f"train/{name}", value, report.iteration)
+        elif isinstance(report, EvalReport):
+            self._write("evaluation", fields)
+            self._board.add_scalar("validation/loss", report.loss, report.iteration)
+        else:
+            self._write("checkpoint", fields)
 
     def close(self) -> None:
         self._file.close()

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as functional
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -25,6 +24,8 @@ from ldt_schedules.megatron.chunks import build_chunks
 from ldt_schedules.megatron.initialization import initialize_by_name
 from ldt_schedules.megatron.layer_span import span_of
 from ldt_schedules.megatron.modalities import Modality
+from ldt_schedules.megatron.rotary import inverse_frequencies, set_frequencies, softmax_scale
+from ldt_schedules.megatron.segmented_gpt import SegmentedGPT
 from ldt_schedules.topology import Place, Site, Topology
 from ldt_schedules.training.config import TrainConfig
 from ldt_schedules.training.huggingface_model import load_weights
@@ -71,6 +72,9 @@ def transformer_config(config: TrainConfig, topology: Topology, site: Site) -> T
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups,
+        kv_channels=model.head_width,
+        qk_layernorm=model.qk_norm,
+        softmax_scale=softmax_scale(model.head_width, model.scaling),
         layernorm_epsilon=model.norm_eps,
         add_qkv_bias=model.qkv_bias,
         normalization=model.normalization,
@@ -106,12 +110,12 @@ def transformer_config(config: TrainConfig, topology: Topology, site: Site) -> T
 
 def _gpt(
     chunk_config: TransformerConfig, *, pre_process: bool, post_process: bool, train: TrainConfig, vocab_size: int
-) -> GPTModel:
+) -> SegmentedGPT:
     model, span = train.model, span_of(chunk_config)
     assert span is not None, "build_chunks gives every chunk its span"
     # The cloud holds neither end: told of a tie, Megatron would look for the other copy in the cloud's own world.
     tied = model.tie_embeddings and (pre_process or post_process)
-    gpt = GPTModel(
+    gpt = SegmentedGPT(
         config=chunk_config,
         transformer_layer_spec=block_spec(chunk_config, span.count),
         vocab_size=vocab_size,
@@ -121,8 +125,10 @@ def _gpt(
         parallel_output=True,
         share_embeddings_and_output_weights=tied,
         position_embedding_type=model.position_embedding,
-        rotary_base=int(model.rope_theta),
+        rotary_base=model.rope_theta,
     )
+    if model.rope_scaling is not None:
+        set_frequencies(gpt, inverse_frequencies(model.head_width, model.rope_theta, model.scaling))
     # torch's norms are made in float32. Megatron's Float16Module narrows them; nothing of Megatron's widens them.
     return gpt.double() if model.precision == "fp64" else gpt
 
@@ -134,12 +140,14 @@ def build(
     vocabulary: Vocabulary,
     ddp_config: DistributedDataParallelConfig | None = None,
     modalities: Sequence[Modality] = (),
+    first_weights: bool = True,
 ) -> Trained:
     """Model, optimizer and learning-rate schedule of this process.
 
     Args:
         ddp_config: how gradients are reduced inside the site; default Megatron's, without overlap.
         modalities: encoders beside the text, as stages of the edge.
+        first_weights: draw or load the weights; not where a checkpoint gives all of them.
 
     Raises:
         ConfigError: `model.megatron` names a field that TransformerConfig does not have.
@@ -151,9 +159,9 @@ def build(
         provider = partial(_gpt, train=config, vocab_size=vocabulary.rows)
         tied = config.model.tie_embeddings
         module = build_chunks(whole, config.layer_split, place, provider, tied, modalities=modalities)
-    if config.model.hf is None:
+    if first_weights and config.model.hf is None:
         initialize_by_name(module, whole, config.train.seed)
-    else:
+    elif first_weights:
         load_weights(config, module, place, vocabulary.rows)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "Apex is not installed" and the like: said once by Megatron's import
@@ -196,7 +204,7 @@ def _scheduler(config: TrainConfig, optimizer: Any) -> OptimizerParamScheduler:
         max_lr=train.lr,
         min_lr=train.min_lr,
         lr_warmup_steps=train.warmup_iterations,
-        lr_decay_steps=max(train.iterations, train.warmup_iterations + 1),
+        lr_decay_steps=max(train.lr_decay_iterations or train.iterations, train.warmup_iterations + 1),
         lr_decay_style="cosine",
         start_wd=train.weight_decay,
         end_wd=train.weight_decay,

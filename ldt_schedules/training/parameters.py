@@ -2,7 +2,8 @@
 
 The count is that of megatron-core's GPTModel with its local layer spec, and of the modules around a ViT:
 
-    layer   norm, QKV [h, d(heads + 2 groups)], projection [h, h], norm, MLP up [h, f] (twice for a gate), down [f, h]
+    layer   norm, QKV [h, d(heads + 2 groups)], norms of q and k [d] if there are some, projection [d heads, h], norm, MLP up
+            [h, f] (twice for a gate), down [f, h]
     head    embedding [V, h], learned positions [s, h]
     tail    norm, output [V, h] (none where it is tied to the embedding: both live in the edge process)
 
@@ -13,11 +14,11 @@ from __future__ import annotations
 
 import math
 
+from ldt_schedules.training.chat.writing import ByteChat
 from ldt_schedules.training.config import TrainConfig
-from ldt_schedules.training.image_text.chat import ByteChat
 from ldt_schedules.training.sections import ModelSection
 from ldt_schedules.training.tokenizer import ByteTokenizer
-from ldt_schedules.training.vision_parts import joining_stage, lap_stages, merged_width, patch_values, vit_as_model
+from ldt_schedules.training.vision_parts import merged_width, patch_values, vit_as_model
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 
@@ -43,12 +44,13 @@ def bytes_vocab_size(config: TrainConfig) -> int:
 def layer_parameters(model: ModelSection) -> int:
     """Of one transformer layer."""
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    qkv = hidden + 2 * model.num_query_groups * (hidden // model.num_attention_heads)
+    query, qkv = model.query_width, model.query_width + 2 * model.kv_width
     up = ffn * (2 if model.activation == "swiglu" else 1)
-    weights = hidden * qkv + hidden * hidden + hidden * up + ffn * hidden
+    weights = hidden * qkv + query * hidden + hidden * up + ffn * hidden
     biases = hidden + up + hidden if model.linear_bias else 0
     biases += qkv if model.linear_bias or model.qkv_bias else 0
-    return weights + biases + 2 * _norm_parameters(model)
+    of_heads = 2 * _norm_parameters(model, model.head_width) if model.qk_norm else 0
+    return weights + biases + of_heads + 2 * _norm_parameters(model, hidden)
 
 
 def stage_parameters(config: TrainConfig, vocab_size: int) -> tuple[int, ...]:
@@ -59,22 +61,22 @@ def stage_parameters(config: TrainConfig, vocab_size: int) -> tuple[int, ...]:
     counts = [layers * layer_parameters(model) for layers in config.layer_split]
     positions = model.seq_length if model.position_embedding == "learned_absolute" else 0
     counts[0] += (vocab_size + positions) * model.hidden_size
-    counts[-1] += _norm_parameters(model) + _output_parameters(model, vocab_size)
+    counts[-1] += _norm_parameters(model, model.hidden_size) + _output_parameters(model, vocab_size)
     return tuple(counts)
 
 
 def vision_parameters(config: TrainConfig, vocab_size: int) -> tuple[dict[str, int], ...]:
     """Of each stage of a vision-language model: `vit`, `projector`, `language` -> parameters. Padded `vocab_size`."""
-    model, vit = config.model, vit_as_model(config)
+    model, vit, laps = config.model, vit_as_model(config), config.lap_layers
     counts = [
         {"vit": vision * layer_parameters(vit), "projector": 0, "language": language * layer_parameters(model)}
-        for vision, language in lap_stages(config)
+        for vision, language in map(laps.layers_of, range(laps.num_stages))
     ]
-    joining, width = counts[joining_stage(config)], merged_width(config)
+    joining, width = counts[laps.joining_stage], merged_width(config)
     counts[0]["vit"] += patch_values(config) * vit.hidden_size
     joining["projector"] += vit.hidden_size + (width + 1) * width + (width + 1) * model.hidden_size
     joining["language"] += vocab_size * model.hidden_size
-    counts[-1]["language"] += _norm_parameters(model) + _output_parameters(model, vocab_size)
+    counts[-1]["language"] += _norm_parameters(model, model.hidden_size) + _output_parameters(model, vocab_size)
     return tuple(counts)
 
 
@@ -88,8 +90,8 @@ def trained_parameters(config: TrainConfig, vocab_size: int) -> tuple[int, ...]:
     )
 
 
-def _norm_parameters(model: ModelSection) -> int:
-    return model.hidden_size * (2 if model.normalization == "LayerNorm" else 1)
+def _norm_parameters(model: ModelSection, width: int) -> int:
+    return width * (2 if model.normalization == "LayerNorm" else 1)
 
 
 def _output_parameters(model: ModelSection, vocab_size: int) -> int:

@@ -37,12 +37,14 @@ class LinkUse:
         shape: `[s, b, h]`, between stages with language layers.
         vision_shape: `[patches, 1, h_vision]`, between those with ViT layers; None of a model of text alone. How many
             patches there are, the images decide: it is an estimate, and so are the bytes then.
+        segmented: the step header says where each conversation of a sample begins.
     """
 
     address: str
     dtype: str
     shape: tuple[int, int, int]
     vision_shape: tuple[int, int, int] | None
+    segmented: bool
     up_bytes_per_microbatch: int
     down_bytes_per_microbatch: int
     up_bytes_per_step: int

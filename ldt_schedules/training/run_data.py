@@ -1,4 +1,4 @@
-"""What a run is trained on, at the edge: text, or conversations with images. The loop sees no difference.
+"""What a run is trained on, at the edge: text, conversations, or conversations with images. The loop sees no difference.
 
 data = open_data(config)            ids, sizes, what is wrong with the files
 data.microbatches("train", 0)       endless microbatches of one replica, on the CPU
@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from ldt_schedules.training.chat.batching import ChatDataset, open_chat_dataset
+from ldt_schedules.training.chat.batching import batches as chat_batches
+from ldt_schedules.training.chat.writing import Chat, open_chat
 from ldt_schedules.training.config import TrainConfig
 from ldt_schedules.training.data import Split, TokenDataset, batches, open_dataset
+from ldt_schedules.training.data_format import holds_messages
 from ldt_schedules.training.huggingface_model import vocab_rows
 from ldt_schedules.training.image_text import batching
-from ldt_schedules.training.image_text.chat import Chat, open_chat
 from ldt_schedules.training.image_text.pixels import Pixels
 from ldt_schedules.training.image_text.preparing import Preparing
 from ldt_schedules.training.parameters import padded_vocab_size
@@ -37,11 +40,25 @@ class RunData(Protocol):
     def vocabulary(self, slices: int) -> Vocabulary:
         """For a model whose embedding is cut over `slices` processes."""
 
+    @property
+    def announced(self) -> bool:
+        """Must the middle layers be told more of a microbatch than its shape (`runtime/microbatch_format.py`)?"""
+
+    @property
+    def contents(self) -> str:
+        """What was found, for the first screen; nothing where the config says it all."""
+
     def unigram_entropy(self) -> float | None:
         """Nats a token, see `data.Corpus`; None where that says nothing."""
 
-    def microbatches(self, split: Split, data_rank: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Endless microbatches of one replica, on the CPU."""
+    def microbatches(
+        self, split: Split, data_rank: int, *, consumed_samples: int = 0
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Endless microbatches of one replica, on the CPU.
+
+        Args:
+            consumed_samples: samples of all replicas that were seen before; what comes then is what would have come.
+        """
 
     def tokens_of(self, batch: dict[str, torch.Tensor]) -> int:
         """Tokens of a microbatch, padding left out."""
@@ -54,7 +71,10 @@ def open_data(config: TrainConfig) -> RunData:
         ConfigError: data or tokenizer cannot be used, or there is too little of it.
     """
     if not config.has_vision:
-        return TextData(config, open_dataset(config))
+        if not holds_messages(config):
+            return TextData(config, open_dataset(config))
+        chat = open_chat(config.data.tokenizer, pictures=False)
+        return ChatData(config, open_chat_dataset(config, chat), chat)
     preparing = Preparing(open_image_chat(config), pixels_of(config), config.model.seq_length)
     dataset = batching.open_image_text(
         config.data.path,
@@ -79,7 +99,9 @@ def vocab_size_of(config: TrainConfig) -> int:
     """Ids that the run's tokenizer may give. Raises ConfigError: it cannot be loaded."""
     if config.has_vision:
         return max(open_image_chat(config).vocab_size, vocab_rows(config))
-    return open_tokenizer(config.data.tokenizer).vocab_size
+    if holds_messages(config):
+        return max(open_chat(config.data.tokenizer, pictures=False).vocab_size, vocab_rows(config))
+    return max(open_tokenizer(config.data.tokenizer).vocab_size, vocab_rows(config))
 
 
 def open_image_chat(config: TrainConfig) -> Chat:
@@ -109,19 +131,65 @@ class TextData:
 
     @property
     def vocab_size(self) -> int:
-        return self.dataset.corpus.vocab_size
+        return max(self.dataset.corpus.vocab_size, vocab_rows(self.config))
 
     def vocabulary(self, slices: int) -> Vocabulary:
         return Vocabulary(padded_vocab_size(self.vocab_size, slices))
 
+    announced = False
+    contents = ""
+
     def unigram_entropy(self) -> float | None:
         return self.dataset.corpus.unigram_entropy()
 
-    def microbatches(self, split: Split, data_rank: int) -> Iterator[dict[str, torch.Tensor]]:
-        return batches(self.dataset, self.config, split=split, data_rank=data_rank)
+    def microbatches(
+        self, split: Split, data_rank: int, *, consumed_samples: int = 0
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        return batches(self.dataset, self.config, split=split, consumed_samples=consumed_samples, data_rank=data_rank)
 
     def tokens_of(self, batch: dict[str, torch.Tensor]) -> int:
         return batch["tokens"].numel()
+
+
+@dataclass(frozen=True)
+class ChatData:
+    """Conversations of text, several in a sample or one."""
+
+    config: TrainConfig
+    dataset: ChatDataset
+    chat: Chat
+
+    @property
+    def vocab_size(self) -> int:
+        return max(self.chat.vocab_size, vocab_rows(self.config))
+
+    def vocabulary(self, slices: int) -> Vocabulary:
+        return Vocabulary(padded_vocab_size(self.vocab_size, slices))
+
+    @property
+    def announced(self) -> bool:
+        return self.dataset.segmented
+
+    @property
+    def contents(self) -> str:
+        samples = sum(map(len, self.dataset.packs.values()))
+        return (
+            f"{len(self.dataset.conversations):,} conversations in {samples:,} samples, {self.dataset.real_share():.1%} of "
+            "whose tokens are no padding"
+        )
+
+    def unigram_entropy(self) -> float | None:
+        return self.dataset.learned_entropy()
+
+    def microbatches(
+        self, split: Split, data_rank: int, *, consumed_samples: int = 0
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        return chat_batches(
+            self.dataset, self.config, split=split, consumed_samples=consumed_samples, data_rank=data_rank
+        )
+
+    def tokens_of(self, batch: dict[str, torch.Tensor]) -> int:
+        return int(batch["lengths"].sum())
 
 
 @dataclass(frozen=True)
@@ -140,10 +208,15 @@ class ImageTextData:
         vision = self.chat.vision
         return Vocabulary(padded_vocab_size(self.vocab_size, slices), vision.image, vision.video)
 
+    announced = True
+    contents = ""
+
     def unigram_entropy(self) -> float | None:
         return None  # most tokens are placeholders of images
 
-    def microbatches(self, split: Split, data_rank: int) -> Iterator[dict[str, torch.Tensor]]:
+    def microbatches(
+        self, split: Split, data_rank: int, *, consumed_samples: int = 0
+    ) -> Iterator[dict[str, torch.Tensor]]:
         train = self.config.train
         dealing = batching.Dealing(
             micro_batch_size=train.micro_batch_size,
@@ -157,6 +230,7 @@ class ImageTextData:
             self._positions,
             seed=train.seed,
             split=split,
+            consumed_samples=consumed_samples,
             data_rank=data_rank,
             padding_side=self.config.data.padding_side,
         )

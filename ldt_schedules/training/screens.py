@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from ldt_schedules.megatron.checkpoints.site_directory import Saved
 from ldt_schedules.training.reports import EvalReport, LinkUse, RankRow, RunDescription, RunSummary, StepReport
 
 _BAR_WIDTH = 16
@@ -63,6 +64,8 @@ def _facts(run: RunDescription) -> list[tuple[str, str]]:
 
 def _crossing(link: LinkUse) -> str:
     tensors, told = f"[s, b, h] = {_shape(link.shape)} {link.dtype}: ", "shapes"
+    if link.segmented:
+        told = "shapes, where each conversation and padding begin"
     if link.vision_shape is not None:
         first = f"[patches, 1, h] = about {_shape(link.vision_shape)} on the first lap, "
         tensors = f"{first}[s, b, h] = {_shape(link.shape)} on the second, {link.dtype}: about "
@@ -133,6 +136,14 @@ def evaluation_line(evaluation: EvalReport) -> str:
     return f"evaluation after step {evaluation.iteration}: loss {evaluation.loss:.4f} ({evaluation.samples} samples)"
 
 
+def checkpoint_line(saved: Saved) -> str:
+    """The same of a checkpoint; how large it is on the edge alone."""
+    return (
+        f"checkpoint after step {saved.iteration}: {saved.path} ({human_bytes(saved.num_bytes)} on the edge, training waited "
+        f"{saved.waited_s:.2f} s)"
+    )
+
+
 def summary_screen(summary: RunSummary) -> RenderableType:
     """What came of the run."""
     rows = [
@@ -173,7 +184,7 @@ class TrainingScreen:
     ) -> None:
         self.console = console or Console()
         self._iterations, self._log_interval, self._done = iterations, log_interval, done
-        self._step_s: float | None = None
+        self._seconds: float | None = None
         self._progress: Progress | None = None
         self._task = TaskID(0)
 
@@ -195,8 +206,16 @@ class TrainingScreen:
         if self._progress is not None:
             self._progress.stop()
 
-    def step(self, report: StepReport) -> None:
-        """Show one step."""
+    def report(self, report: StepReport | EvalReport | Saved) -> None:
+        """Show what just happened."""
+        if isinstance(report, StepReport):
+            self._step(report)
+        elif isinstance(report, EvalReport):
+            self._say(evaluation_line(report))
+        else:
+            self._say(checkpoint_line(report))
+
+    def _step(self, report: StepReport) -> None:
         eta_s = self._eta_s(report)
         if self._progress is not None:
             room = self.console.width - _BAR_WIDTH - 2 * len(str(self._iterations)) - len("eta 00:00:00") - 8
@@ -205,10 +224,6 @@ class TrainingScreen:
         elif report.iteration % self._log_interval == 0 or report.iteration in (self._done + 1, self._iterations):
             self._say(plain_step(report, self._iterations, eta_s))
 
-    def evaluation(self, report: EvalReport) -> None:
-        """Show one evaluation."""
-        self._say(evaluation_line(report))
-
     def _say(self, line: str) -> None:
         # soft_wrap: a log line stays one line, however narrow rich believes the file is.
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -216,8 +231,8 @@ class TrainingScreen:
     def _eta_s(self, report: StepReport) -> float:
         """Seconds left; steps are averaged with a memory of about ten, the slow first one is not taken along."""
         first = report.iteration <= self._done + 2
-        self._step_s = report.step_s if first or self._step_s is None else 0.9 * self._step_s + 0.1 * report.step_s
-        return self._step_s * (self._iterations - report.iteration)
+        self._seconds = report.step_s if first or self._seconds is None else 0.9 * self._seconds + 0.1 * report.step_s
+        return self._seconds * (self._iterations - report.iteration)
 
 
 def human_bytes(count: float) -> str:

@@ -10,15 +10,18 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ldt_schedules.planning.planners import PLANNERS
+from ldt_schedules.training.checkpoint_keys import CheckpointKeys
+from ldt_schedules.training.rope_section import RopeScalingSection
+from ldt_schedules.training.section import Section
 
 FIRST_TRACED_ITERATION = 3
 """Steps 1 and 2 pay for what is set up once: memory pools, connections, lazily loaded code."""
 
 
-OTHER_SHAPES = ("num_moe_experts", "kv_channels", "multi_latent_attention", "mtp_num_layers", "context_parallel_size")
+OTHER_SHAPES = ("num_moe_experts", "multi_latent_attention", "mtp_num_layers", "context_parallel_size")
 """Fields of megatron-core's TransformerConfig that change what a layer holds and costs in ways that are not worked out here."""
 
 
@@ -27,10 +30,11 @@ def set_among(names: Iterable[str], megatron: Mapping[str, Any]) -> list[str]:
     return [name for name in names if (value := megatron.get(name)) is True or value not in (None, False, 1)]
 
 
-class Section(BaseModel):
-    """Frozen, and strict: no unknown key, no `"5"` for 5, no `yes` for 1."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+def _with_ffn(given: Any) -> Any:
+    """What a user wrote of a tower, with an MLP that is as wide as usual where he does not say."""
+    if isinstance(given, dict) and type(given.get("hidden_size")) is int:
+        return {"ffn_hidden_size": 4 * given["hidden_size"], **given}
+    return given
 
 
 class ModelSection(Section):
@@ -41,6 +45,7 @@ class ModelSection(Section):
     ffn_hidden_size: int = Field(512, ge=1, description="width inside the MLP, elements; default 4 x hidden_size")
     num_attention_heads: int = Field(4, ge=1, description="attention heads of a layer")
     num_query_groups: int = Field(4, ge=1, description="key/value heads of a layer; default num_attention_heads")
+    head_dim: int | None = Field(None, ge=1, description="width of a head; default hidden_size / num_attention_heads")
     seq_length: int = Field(128, ge=1, description="tokens of a sample")
     tie_embeddings: bool = Field(False, description="the output layer uses the embedding's weight")
     normalization: Literal["LayerNorm", "RMSNorm"] = Field("RMSNorm", description="kind of normalization")
@@ -48,8 +53,12 @@ class ModelSection(Section):
     position_embedding: Literal["rope", "learned_absolute"] = Field("rope", description="how positions enter")
     linear_bias: bool = Field(False, description="linear layers have a bias")
     qkv_bias: bool = Field(False, description="the projections to query, key and value have a bias")
+    qk_norm: bool = Field(False, description="each head's query and key pass a norm before they are turned")
     norm_eps: float = Field(1e-5, gt=0.0, description="added to the variance in a norm")
     rope_theta: float = Field(10_000.0, gt=0.0, description="base of the rotary angles")
+    rope_scaling: RopeScalingSection | None = Field(
+        None, description="rotary angles for longer texts: a type, linear, llama3 or yarn, and its numbers"
+    )
     mrope_section: list[int] | None = Field(
         None, description="rotary angles for time, height and width, with vision; default: 1/4, 3/8, 3/8 of them"
     )
@@ -66,14 +75,29 @@ class ModelSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _derive_defaults(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        derived = dict(given)
-        if type(given.get("hidden_size")) is int:
-            derived.setdefault("ffn_hidden_size", 4 * given["hidden_size"])
-        if type(given.get("num_attention_heads")) is int:
-            derived.setdefault("num_query_groups", given["num_attention_heads"])
-        return derived
+        if isinstance(given, dict) and type(given.get("num_attention_heads")) is int:
+            given = {"num_query_groups": given["num_attention_heads"], **given}
+        return _with_ffn(given)
+
+    @property
+    def scaling(self) -> dict[str, Any] | None:
+        """`rope_scaling` as `megatron/rotary.py` takes it."""
+        return None if self.rope_scaling is None else self.rope_scaling.model_dump(exclude_none=True)
+
+    @property
+    def head_width(self) -> int:
+        """Width of a head, of queries, keys and values alike."""
+        return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def query_width(self) -> int:
+        """Of all heads together; the residual stream may be wider or narrower."""
+        return self.num_attention_heads * self.head_width
+
+    @property
+    def kv_width(self) -> int:
+        """Of all key heads together, and of all value heads."""
+        return self.num_query_groups * self.head_width
 
 
 class VisionSection(Section):
@@ -100,9 +124,7 @@ class VisionSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _derive_defaults(cls, given: Any) -> Any:
-        if isinstance(given, dict) and type(given.get("hidden_size")) is int:
-            return {"ffn_hidden_size": 4 * given["hidden_size"], **given}
-        return given
+        return _with_ffn(given)
 
 
 class EdgeSection(Section):
@@ -148,20 +170,27 @@ class DataSection(Section):
 
     path: str | None = Field(
         None,
-        description="text file, or .jsonl with a `text` field a line; null: the sources of Python's own library. With "
-        "vision .jsonl with `messages` a line; null: drawn charts with questions",
+        description="text file, or .jsonl with `text` or `messages` a line; null: the sources of Python's own library, or "
+        "questions about its functions. With vision .jsonl with `messages`; null: drawn charts with questions",
+    )
+    format: Literal["auto", "text", "messages"] = Field(
+        "auto", description="documents or conversations; auto: as the first line of a .jsonl says"
+    )
+    packing: bool = Field(
+        True,
+        description="conversations of text share a sample, each seeing itself alone; false: one a sample, filled up",
     )
     tokenizer: str = Field("bytes", min_length=1, description="`bytes`, or a Hugging Face directory or name")
     validation_fraction: float = Field(0.05, ge=0.0, lt=1.0, description="share of the corpus kept for evaluation")
     padding_side: Literal["right", "left"] = Field(
-        "right", description="where short samples are filled up, with vision"
+        "right", description="where short samples of conversations are filled up"
     )
     on_bad_sample: Literal["stop", "skip"] = Field(
-        "stop", description="what to do about a sample that cannot be used, with vision"
+        "stop", description="what to do about a conversation that cannot be used"
     )
 
 
-class TrainSection(Section):
+class TrainSection(CheckpointKeys):
     """How long, how fast, how often."""
 
     iterations: int = Field(200, ge=1, description="optimizer steps of the run")
@@ -170,6 +199,9 @@ class TrainSection(Section):
     seed: int = Field(1234, ge=0, lt=2**31, description="of weights, dropout and the order of samples")
     lr: float = Field(2e-3, gt=0.0, description="learning rate at its peak")
     min_lr: float = Field(2e-4, ge=0.0, description="learning rate at the end of the cosine decay")
+    lr_decay_iterations: int | None = Field(
+        None, ge=1, description="steps over which the learning rate decays; default train.iterations"
+    )
     warmup_iterations: int = Field(10, ge=0, description="steps in which the learning rate rises from 0")
     weight_decay: float = Field(0.01, ge=0.0, description="decoupled weight decay, a step")
     optimizer: Literal["adam", "sgd"] = Field("adam", description="optimizer")

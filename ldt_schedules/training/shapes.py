@@ -56,12 +56,6 @@ class Shapes:
         return self.model.activation == "swiglu"
 
     @property
-    def kv_width(self) -> int:
-        """g d."""
-        model = self.model
-        return model.num_query_groups * (model.hidden_size // model.num_attention_heads)
-
-    @property
     def stream(self) -> float:
         """The residual stream, s b h elements, as one process holds it: what goes from layer to layer."""
         return self.tokens * self.model.hidden_size * self.element / self.sequence
@@ -91,29 +85,53 @@ class Shapes:
         Args:
             attended: tokens that a token attends to, on average.
         """
-        hidden = self.model.hidden_size
-        widths = (hidden + 2 * self.kv_width) + hidden + self.model.ffn_hidden_size * (3 if self.gated else 2)
-        return 2.0 * self.tokens * hidden * widths, 2.0 * self.tokens * 2 * attended * hidden
+        model, query = self.model, self.model.query_width
+        widths = (query + 2 * model.kv_width) + query + model.ffn_hidden_size * (3 if self.gated else 2)
+        return 2.0 * self.tokens * model.hidden_size * widths, 2.0 * self.tokens * 2 * attended * query
 
     def layer(self, recompute: str) -> float:
         """One transformer layer."""
         if recompute == "full":
             return self.stream
-        context = self.tokens * self.model.hidden_size * self.element / self.tensor
+        context = self.tokens * self.model.query_width * self.element / self.tensor
         scores = 0.0 if recompute == "selective" else self._scores
-        return 2 * self.norm + self._qkv(recompute) + scores + context + self._mlp + 2 * self.dropout_mask
+        attention = self._qkv(recompute) + self._head_norms(recompute) + scores + context
+        return 2 * self.norm + attention + self._mlp + 2 * self.dropout_mask
 
     def _qkv(self, recompute: str) -> float:
         """Rotated or regrouped queries and keys are copies; without either all three are views of one tensor."""
-        model = self.model
-        hidden, together = model.hidden_size, model.hidden_size + 2 * self.kv_width
-        rope, grouped = model.position_embedding == "rope", self.kv_width < model.hidden_size
+        model, query, rope = self.model, self.model.query_width, self.model.position_embedding == "rope"
         if recompute == "selective":  # before keys and values are repeated for their groups of heads
-            widths = together + (hidden + self.kv_width if rope else hidden if grouped else 0)
+            widths = self._together + (query + model.kv_width if rope else query if self._grouped else 0)
         else:
-            widths = 3 * hidden if grouped else together + (2 * hidden if rope else 0)
-        angles = 4 * model.seq_length * (hidden // model.num_attention_heads) * self.element if rope else 0
+            widths = 3 * query if self._grouped else self._together + (2 * query if rope else 0)
+        angles = 4 * model.seq_length * model.head_width * self.element if rope else 0
         return self.tokens * widths * self.element / self.tensor + angles
+
+    @property
+    def _together(self) -> int:
+        """Width of the one tensor that queries, keys and values are views of."""
+        return self.model.query_width + 2 * self.model.kv_width
+
+    @property
+    def _grouped(self) -> bool:
+        return self.model.kv_width < self.model.query_width
+
+    def _head_norms(self, recompute: str) -> float:
+        """Of queries and keys, before they are turned: what went in, where that is kept for nobody else; the quotients of a
+        composed RMSNorm; statistics of each head."""
+        model, both = self.model, self.model.query_width + self.model.kv_width
+        if not model.qk_norm:
+            return 0.0
+        composed = model.normalization == "RMSNorm"
+        statistics = (1 if composed else 2) * (model.num_attention_heads + model.num_query_groups) * self.compute
+        alone = self._together if self._grouped and recompute != "selective" else 0
+        copied = self._grouped and model.num_query_groups > self.tensor  # several groups' queries; keys are a view
+        given = alone + (model.query_width if copied else 0)
+        inputs = both * self.compute if self.norm_casts else given * self.element
+        outputs = 0 if model.position_embedding == "rope" or self._grouped else both * self.element
+        widths = inputs + outputs + (both * self.compute if composed else 0)
+        return self.tokens * (widths + statistics) / self.tensor
 
     @property
     def _scores(self) -> float:

@@ -9,7 +9,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from ldt_schedules.megatron.session import Session
 from ldt_schedules.megatron.vision_language.chunks import build_vision_language
-from ldt_schedules.megatron.vision_language.description import Split, VisionLanguageModel
+from ldt_schedules.megatron.vision_language.description import VisionLanguageModel
 from ldt_schedules.megatron.vision_language.microbatches import VisionLanguageMicrobatches
 from ldt_schedules.megatron.vision_language.vision import vision_config
 from ldt_schedules.topology import Place
@@ -19,8 +19,15 @@ from ldt_schedules.training.vocabulary import Vocabulary
 
 def vision_language_module(config: TrainConfig, language: Any, place: Place, vocabulary: Vocabulary) -> MegatronModule:
     """This process's part. `language` is the TransformerConfig of the whole language model in this site's world."""
+    model = described(config, language, vocabulary)
+    stages = config.layout.stages_on(place.pipeline_rank)
+    return build_vision_language(model, config.lap_layers, stages, config.vision.frozen)
+
+
+def described(config: TrainConfig, language: Any, vocabulary: Vocabulary) -> VisionLanguageModel:
+    """The whole model in the world of one site, whose TransformerConfig `language` is."""
     vision = config.vision
-    model = VisionLanguageModel(
+    return VisionLanguageModel(
         vision=vision_config(
             language,
             num_layers=vision.num_layers,
@@ -41,9 +48,6 @@ def vision_language_module(config: TrainConfig, language: Any, place: Place, voc
         image_token=vocabulary.image_token,
         video_token=vocabulary.video_token,
     )
-    alone = config.num_pipeline_ranks == 1
-    split = None if alone else Split(config.lap_layers.vit, config.lap_layers.llm)
-    return build_vision_language(model, split, place, config.vision.frozen)
 
 
 def announce_microbatches(config: TrainConfig, run: Session, device: torch.device) -> None:

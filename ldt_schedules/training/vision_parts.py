@@ -42,16 +42,3 @@ def patch_values(config: TrainConfig) -> int:
 def merged_width(config: TrainConfig) -> int:
     """The patches that become one token, put beside each other, elements."""
     return config.vision.hidden_size * config.vision.merge_size**2
-
-
-def lap_stages(config: TrainConfig) -> tuple[tuple[int, int], ...]:
-    """Layers of the ViT and of the language model in each stage, 0..2P; of an edge that is alone in its only one."""
-    layers = config.lap_layers
-    if config.num_pipeline_ranks == 1:
-        return ((layers.vit[0], layers.llm[0]),)
-    return tuple((layers.vit_of(stage), layers.llm_of(stage)) for stage in range(2 * layers.num_places + 1))
-
-
-def joining_stage(config: TrainConfig) -> int:
-    """The stage with projector and text embedding: P; of an edge that is alone 0."""
-    return config.lap_layers.joining_stage if config.num_pipeline_ranks > 1 else 0

@@ -72,11 +72,11 @@ class SegmentShapes(Shapes):
     def _qkv(self, recompute: str) -> float:
         """Gathered queries, keys and values, keys and values repeated for their heads. Recomputed, they come from rotated
         queries and keys, and from values that are a view of all three."""
-        hidden, together = self.model.hidden_size, self.model.hidden_size + 2 * self.kv_width
-        each = 3 * hidden * self.element
+        model = self.model
+        each = 3 * model.query_width * self.element
         if recompute == "selective":
-            each = together * self.element + (hidden + self.kv_width) * self.rotation
-        angles = 4 * (hidden // self.model.num_attention_heads) * self.rotation
+            each = self._together * self.element + (model.query_width + model.kv_width) * self.rotation
+        angles = 4 * model.head_width * self.rotation
         return self.tokens * (each / self.tensor + angles)
 
     @property

@@ -20,10 +20,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from ldt_schedules.planning.layout import EDGE_RANK
 from ldt_schedules.topology import Site
 from ldt_schedules.training.config import TrainConfig
 from ldt_schedules.training.stage_work import StageWork
-from ldt_schedules.training.vision_parts import joining_stage, lap_stages, merged_width, patch_values
+from ldt_schedules.training.vision_parts import merged_width, patch_values
 from ldt_schedules.training.vision_shapes import Patches, SegmentShapes
 
 
@@ -68,7 +69,7 @@ def vision_messages(config: TrainConfig) -> tuple[tuple[int, int, float, float],
     """`Costs.sizes` of the first lap, `(stage, consumer, bytes forward, bytes backward)`; the second lap's are a text
     model's."""
     size = SegmentShapes.of_vit(config, Site.EDGE).message
-    return tuple((stage, stage + 1, size, size) for stage in range(joining_stage(config)))
+    return tuple((stage, stage + 1, size, size) for stage in range(config.lap_layers.joining_stage))
 
 
 def vision_workspace(config: TrainConfig, site: Site, vocab_size: int) -> float:
@@ -104,27 +105,28 @@ def _keeps_input(config: TrainConfig, stage: int, first: _Part | None) -> bool:
 
 def _input(config: TrainConfig, stage: int) -> SegmentShapes:
     site = _site_of(config, stage)
-    is_patches = stage <= joining_stage(config)
+    is_patches = stage <= config.lap_layers.joining_stage
     return SegmentShapes.of_vit(config, site) if is_patches else SegmentShapes.of_language(config, site)
 
 
 def _site_of(config: TrainConfig, stage: int) -> Site:
-    return Site.CLOUD if stage % config.num_pipeline_ranks else Site.EDGE
+    return Site.EDGE if config.layout.stages[stage].ranks[0] == EDGE_RANK else Site.CLOUD
 
 
 def _stages(config: TrainConfig, vocab_size: int) -> list[list[_Part]]:
     """The parts of each stage, in the order of a forward; those without layers are left out."""
-    stages, starts, joining = lap_stages(config), 0, joining_stage(config)
+    laps, starts = config.lap_layers, 0
     found: list[list[_Part]] = []
-    for stage, (vision, language) in enumerate(stages):
+    for stage in range(laps.num_stages):
+        vision, language = laps.layers_of(stage)
         site = _site_of(config, stage)
         parts = [_patch_embedding(config, site)] if stage == 0 else []
         parts += [_vit_layer(config, site, number) for number in range(starts, starts + vision)]
         starts += vision
-        if stage == joining:
+        if stage == laps.joining_stage:
             parts += [_projector(config, site), _text_embedding(config, site)]
         parts += [_language_layer(config, site)] * language
-        if stage == len(stages) - 1:
+        if stage == laps.num_stages - 1:
             parts.append(_output(config, site, vocab_size))
         found.append(parts)
     return found

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from ldt_schedules.comm.ports import free_ports
+from tests.helpers.cli import finish, metrics, start_training
 
 QUICKSTART = Path(__file__).parent.parent.parent / "configs" / "quickstart.yaml"
 SMALL = [
@@ -38,19 +36,7 @@ def text(tmp_path):
 
 
 def start(*arguments, environment=None):
-    command = [sys.executable, "-m", "ldt_schedules", "train", str(QUICKSTART), *map(str, arguments)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})}
-    )
-
-
-def finish(process):
-    out, err = process.communicate(timeout=150)
-    return process.returncode, out, err
-
-
-def metrics(directory):
-    return [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
+    return start_training(QUICKSTART, *arguments, environment=environment)
 
 
 def test_a_split_run_reports_the_numbers_of_an_edge_alone(tmp_path, text):

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ import torch
 from PIL import Image
 
 from ldt_schedules.comm.ports import free_ports
+from tests.helpers.cli import finish, metrics, start_training
 from tests.huggingface.tiny import contents, make
 
 TINY = Path(__file__).parent.parent.parent / "configs" / "qwen2_5_vl_tiny.yaml"
@@ -58,23 +56,8 @@ def pictures(tmp_path):
 
 
 def start(pictures, *arguments):
-    command = [sys.executable, "-m", "ldt_schedules", "train", str(TINY), *SMALL, f"data.path={pictures}"]
-    return subprocess.Popen(
-        [*command, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def finish(process):
-    out, err = process.communicate(timeout=150)
-    return process.returncode, out, err
-
-
-def metrics(directory):
-    return [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
+    one_thread = {"OMP_NUM_THREADS": "1"}
+    return start_training(TINY, *SMALL, f"data.path={pictures}", *arguments, environment=one_thread)
 
 
 def test_a_split_run_reports_the_numbers_of_an_edge_alone(tmp_path, pictures):
@@ -113,8 +96,7 @@ def test_weights_go_out_and_in_again_and_a_projector_may_learn_alone(tmp_path, p
     def run(*options):
         path = tmp_path / "run.yaml"
         path.write_text("model: {precision: fp32}\n")
-        command = [sys.executable, "-m", "ldt_schedules", "train", str(path), *sizes, *layers, *only, *options]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return start_training(path, *sizes, *layers, *only, *options)
 
     data = f"data.path={pictures}"
     code, shown, said = finish(run(f"model.hf={source}", data, f"train.save_hf={saved}"))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 
 def ldt(*arguments, cwd=None):
@@ -15,3 +18,25 @@ def ldt(*arguments, cwd=None):
         cwd=cwd,
         timeout=100,
     )
+
+
+def start_training(config, *arguments, environment=None):
+    """`ldt train` in a process of its own, which `finish` waits for."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "ldt_schedules", "train", str(config), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **(environment or {})},
+    )
+
+
+def finish(process):
+    """Its exit code, what it printed, what it said beside."""
+    out, err = process.communicate(timeout=150)
+    return process.returncode, out, err
+
+
+def metrics(directory):
+    """The lines that a run has written, in order."""
+    return [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]

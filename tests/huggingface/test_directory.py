@@ -60,9 +60,9 @@ def test_pickles_are_not_read(one: Path) -> None:
 
 
 def test_an_unknown_architecture(one: Path) -> None:
-    for named, shown in (["LlamaForCausalLM"], "'LlamaForCausalLM'"), ([], "None"), (None, "None"):
+    for named, shown in (["MistralForCausalLM"], "'MistralForCausalLM'"), ([], "None"), (None, "None"):
         edit(one / "config.json", architectures=named)
-        with pytest.raises(ConfigError, match=f"{shown}; known are Qwen2_5_VLForConditionalGeneration. Another"):
+        with pytest.raises(ConfigError, match=f"{shown}; known are .*Qwen2_5_VLForConditionalGeneration.* Another"):
             _ = open_directory(one).settings
 
 

@@ -13,6 +13,7 @@ from ldt_schedules.megatron.huggingface.directory import open_directory
 from ldt_schedules.megatron.huggingface.loading import TensorParallel, load
 from ldt_schedules.megatron.huggingface.saving import save
 from ldt_schedules.megatron.huggingface.sizes import Sizes
+from ldt_schedules.planning.lap_layers import LapLayers
 from tests.helpers.workers import Workers, site_ports
 from tests.huggingface.tiny import assert_same, contents
 from tests.vision_language import tiny as model_case
@@ -20,8 +21,8 @@ from tests.vision_language.reference import logits_of, reference_model
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-VISION_LAYERS, LANGUAGE_LAYERS = (1, 2, 0, 1), (0, 2, 1, 0)
-"""Of the stages 0 to 3 and 3 to 6 of an edge and two cloud ranks."""
+LAYERS = LapLayers((1, 2, 0, 1), (0, 2, 1, 0))
+"""An edge and two cloud ranks."""
 
 
 def _through_megatron(
@@ -30,18 +31,16 @@ def _through_megatron(
     """Load the stages of each pipeline rank, save them; gives the shapes that this process holds."""
     from megatron.core import parallel_state
 
-    from ldt_schedules.megatron.vision_language.description import Split
     from ldt_schedules.megatron.vision_language.stages import build_stage
 
     model_case.open_world(rank, ports, size)
     place = TensorParallel(rank, size, parallel_state.get_tensor_model_parallel_group())
     source = open_directory(source_path)
     sizes = Sizes.of(source.settings)
-    split, model = Split(VISION_LAYERS, LANGUAGE_LAYERS), model_case.model(dtype, size)
-    stages = [build_stage(model, split, stage) for stage in range(split.num_stages)]
-    held: dict[int, dict[str, Any]] = {number: {} for number in range(split.num_ranks)}
-    for number, stage in enumerate(stages):
-        held[number % split.num_ranks].update(model_case.named_parameters(stage))
+    layout, model = LAYERS.layout(), model_case.model(dtype, size)
+    held: dict[int, dict[str, Any]] = {number: {} for number in range(LAYERS.num_ranks)}
+    for stage in layout.stages:
+        held[stage.ranks[0]].update(model_case.named_parameters(build_stage(model, LAYERS, stage.index)))
     holders = {name: number for number, parameters in held.items() for name in parameters}
     assert set(holders) == set(source.pairs(sizes)), set(holders) ^ set(source.pairs(sizes))
     for number, parameters in held.items():

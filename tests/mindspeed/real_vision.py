@@ -22,6 +22,18 @@ WIDTHS = {"vision": 32, "language": 48}
 VIT = {2: [[1, 2], [1, 0], [0, 0]], 3: [[1, 1, 1], [1, 0, 0], [0, 0, 0]]}
 LANGUAGE = {2: [[0, 0], [0, 3], [0, 0]], 3: [[0, 0, 0], [0, 2, 1], [0, 0, 0]]}
 IMAGES = ((((1, 4, 4),), ((1, 2, 6), (1, 4, 2))), ((), ()), ((), ((1, 6, 6),)))
+_LANGUAGE = {
+    "num_layers": 3,
+    "hidden_size": WIDTHS["language"],
+    "ffn_hidden_size": 64,
+    "num_attention_heads": 6,
+    "num_query_groups": 2,
+    "group_query_attention": True,
+    "max_position_embeddings": 256,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+}
+"""What the json of the model and Megatron's arguments must agree on."""
 _COMMON = {
     "use_fused_rotary_pos_emb": True,
     "bf16": True,
@@ -68,14 +80,8 @@ def model_json(like: int) -> dict[str, Any]:
     }
     decoder = {
         **_COMMON,
+        **_LANGUAGE,
         "model_id": "qwen2_5_lm",
-        "num_layers": 3,
-        "hidden_size": WIDTHS["language"],
-        "ffn_hidden_size": 64,
-        "num_attention_heads": 6,
-        "num_query_groups": 2,
-        "group_query_attention": True,
-        "max_position_embeddings": 256,
         "vocab_size": VOCABULARY,
         "rope_theta": 1e4,
         "rope_scaling": None,
@@ -86,8 +92,6 @@ def model_json(like: int) -> dict[str, Any]:
         "gated_linear_unit": True,
         "add_bias_linear": False,
         "add_qkv_bias": True,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
         "parallel_output": True,
         "pipeline_num_layers": LANGUAGE[like],
     }
@@ -134,12 +138,7 @@ def set_arguments(like: int) -> Any:
     from mindspeed_mm.configs.config import ConfigReader
 
     given = {
-        "num_layers": 3,
-        "hidden_size": WIDTHS["language"],
-        "ffn_hidden_size": 64,
-        "num_attention_heads": 6,
-        "num_query_groups": 2,
-        "group_query_attention": True,
+        **_LANGUAGE,
         "kv_channels": 8,
         "params_dtype": torch.float32,
         "use_cpu_initialization": True,
@@ -147,11 +146,8 @@ def set_arguments(like: int) -> Any:
         "gradient_accumulation_fusion": False,
         "use_flash_attn": False,
         "calculate_per_sample_loss": False,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
         "micro_batch_size": 2,
         "seq_length": SEQUENCE,
-        "max_position_embeddings": 256,
         "log_tps": False,
         "encoder_dp_balance": False,
     }

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from megatron.core.transformer.module import MegatronModule
 
-from ldt_schedules.megatron.vision_language.description import Split, freeze
+from ldt_schedules.megatron.vision_language.description import freeze
 from ldt_schedules.megatron.vision_language.mrope import mrope_positions
 from ldt_schedules.megatron.vision_language.stages import UnsplitVisionLanguageModel, build_stage
 from ldt_schedules.mindspeed.mm_microbatches import MmMicrobatches
+from ldt_schedules.planning.lap_layers import LapLayers, frozen_stages
 from ldt_schedules.planning.layout import Layout
 from ldt_schedules.runtime.microbatch_format import Told
 from ldt_schedules.topology import Site
@@ -52,7 +53,7 @@ class VisionCase(two_laps.Case):
 
     @property
     def layout(self) -> Layout:
-        return super().layout.freeze(range(self.num_ranks) if "vit" in self.frozen else ())
+        return super().layout.freeze(frozen_stages(LapLayers(self.vit, self.llm), frozenset(self.frozen)))
 
 
 def case_of(num_ranks: int, num_microbatches: int, **more: Any) -> VisionCase:
@@ -226,15 +227,14 @@ def build(case: VisionCase, rank: int) -> list[Any]:
         hidden_size=LANGUAGE_WIDTH,
         num_attention_heads=6,
         calculate_per_token_loss=case.per_token,
-        deallocate_pipeline_outputs=True,
     )
-    config, split = description.language, Split(case.vit, case.llm)
+    config, layers = description.language, LapLayers(case.vit, case.llm)
     config.finalize_model_grads_func = finalize_model_grads
     if case.num_ranks == 1:
         stages = [Stage(config, UnsplitVisionLanguageModel(description), 0, 0)]
     else:
         numbers = (rank, case.laps + rank, None if rank else 2 * case.laps)
-        built = [None if number is None else build_stage(description, split, number) for number in numbers]
+        built = [None if number is None else build_stage(description, layers, number) for number in numbers]
         stages = [Stage(config, one, n, 2 * case.laps) for n, one in zip(numbers, built, strict=True)]
     for stage in stages:
         if stage.stage is not None:

@@ -59,9 +59,10 @@ class Case:
     forward_step: Callable[..., Any] | None = None
     modalities: tuple[Modality, ...] = ()
     batches: Callable[[int, range], Iterator[dict[str, Any]]] | None = None
+    segmented: bool = False
     """`mistake(trained, session)` puts one in while inside. `everywhere` and `split_only` are set on the
     TransformerConfig once the model is built, as a training loop does; a function is called with the `Trained` object
-    for the value. `inf_at` plants an inf: (step, pipeline rank)."""
+    for the value. `inf_at` plants an inf: (step, pipeline rank). `segmented`: its batches are."""
 
     @property
     def num_ranks(self) -> int:
@@ -178,6 +179,7 @@ def open_rank(case: Case, global_rank: int, ports: dict[str, int]) -> tuple[Plac
     import patches
     from ldt_schedules import device
     from ldt_schedules.megatron import world
+    from ldt_schedules.megatron.segments import SegmentedMicrobatches
     from ldt_schedules.planning.planners import plan
     from ldt_schedules.training.vision_model import announce_microbatches
     from tests.parity import gathered_attention
@@ -206,6 +208,8 @@ def open_rank(case: Case, global_rank: int, ports: dict[str, int]) -> tuple[Plac
     )
     if case.has_vision:
         announce_microbatches(case.config(), run, device.current_device())
+    elif case.segmented:
+        run.microbatch_format = SegmentedMicrobatches(case.config().model.hidden_size)
     return place, run
 
 
@@ -285,7 +289,7 @@ def run_schedule(case: Case, place: Place, trained: Any, step: int, forward_only
     # Replica d of D takes microbatches d, d + D, ...
     mine = range(place.data_rank, count * case.edge.data, case.edge.data)
     source = (case.batches or batches)(step, mine) if place.site is Site.EDGE and place.tensor_rank == 0 else None
-    if case.has_vision and place.site is Site.EDGE:
+    if (case.has_vision or case.segmented) and place.site is Site.EDGE:
         source = over_tensor_parallel(source)
     reports = get_forward_backward_func()(
         forward_step_func=case.forward_step or forward_step,
@@ -308,9 +312,8 @@ def _gradients(model: torch.nn.Module) -> tuple[dict[str, np.ndarray], dict[str,
     named = list(global_parameters(model))
     reduced = dict(reduced_gradients(model, [parameter for _, parameter in named]))
     for name, parameter in named:
-        if not parameter.requires_grad:
-            continue
-        gradients[name] = reduced[parameter].detach().clone().cpu().numpy()
+        if parameter.requires_grad:
+            gradients[name] = reduced[parameter].detach().clone().cpu().numpy()
         if getattr(parameter, "tensor_model_parallel", False):
             partition[name] = (parameter.partition_dim, parameter.partition_stride)
     return gradients, partition

@@ -8,6 +8,7 @@ import pytest
 
 from ldt_schedules.planning import ScheduleError
 from ldt_schedules.planning.lap_layers import LapLayers, frozen_stages, parse_lap_layers
+from ldt_schedules.planning.layout import Layout
 
 READABLE = {"vit": [3, 7, 7, 1], "llm": [0, 16, 16, 0]}
 ROWS = {"vit": [[3, 7, 7], [1, 0, 0], [0, 0, 0]], "llm": [[0, 0, 0], [0, 16, 16], [0, 0, 0]]}
@@ -17,9 +18,37 @@ def test_both_forms_say_the_same():
     layers = parse_lap_layers(READABLE, 18, 32, 3)
     assert layers == parse_lap_layers(ROWS, 18, 32, 3) == LapLayers((3, 7, 7, 1), (0, 16, 16, 0))
     assert parse_lap_layers({"vit": READABLE["vit"], "llm": ROWS["llm"]}, 18, 32, 3) == layers
-    assert (layers.num_places, layers.joining_stage) == (3, 3)
-    assert [layers.vit_of(stage) for stage in range(7)] == [3, 7, 7, 1, 0, 0, 0]
-    assert [layers.llm_of(stage) for stage in range(7)] == [0, 0, 0, 0, 16, 16, 0]
+
+
+def test_which_stage_holds_what():
+    layers = LapLayers((3, 7, 7, 1), (0, 16, 15, 1))
+    assert (layers.num_ranks, layers.num_stages, layers.joining_stage) == (3, 7, 3)
+    assert [layers.layers_of(stage) for stage in range(7)] == [
+        (3, 0), (7, 0), (7, 0), (1, 0), (0, 16), (0, 15), (0, 1),
+    ]  # fmt: skip
+    for lap, counts, first in (("vit", layers.vit, 0), ("llm", layers.llm, 3)):
+        held = [stage for stage, count in enumerate(counts, first) for _ in range(count)]
+        assert [layers.stage_of(lap, layer) for layer in range(sum(counts))] == held
+    assert layers.layout() == Layout.laps(3) and layers.layout(2) == Layout.laps(3, 2, domains=2)
+
+
+def test_an_edge_that_is_alone_holds_all_in_one_stage():
+    layers = LapLayers((4,), (5,))
+    assert (layers.num_ranks, layers.num_stages, layers.joining_stage) == (1, 1, 0)
+    assert layers.layers_of(0) == (4, 5)
+    assert layers.stage_of("vit", 3) == layers.stage_of("llm", 4) == 0
+    assert layers.layout() == Layout.alone()
+    parts = frozenset({"vit", "projector", "language"})
+    assert frozen_stages(layers, parts) == {0}
+    assert all(not frozen_stages(layers, parts - {part}) for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("vit", "llm"), [((1, 2), (1, 1, 1)), ((5, 1), (1, 2)), ((5, -1, 2), (1, 2, 3)), ((), ()), ((4,), (-3,))]
+)
+def test_laps_of_no_pipeline_are_refused(vit, llm):
+    with pytest.raises(ScheduleError, match=r"P \+ 1 stages"):
+        LapLayers(vit, llm)
 
 
 def test_rows_as_upstream_documents_them():

@@ -23,6 +23,7 @@ from ldt_schedules.training.cost_model import (
 from ldt_schedules.training.describe import ELEMENT_BYTES
 from ldt_schedules.training.vocabulary import Vocabulary
 from tests.helpers.workers import Workers, site_ports
+from tests.training.measuring import Counted, count, of_both_sites, site_world
 
 VOCABULARY = 512
 SMALL = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 48}
@@ -38,6 +39,18 @@ CASES: dict[str, dict[str, Any]] = {
     "bf16, rich, layer norm": {"model": {**RICH, "precision": "bf16", "normalization": "LayerNorm"}},
     "fp16, swiglu": {"model": {"precision": "fp16", "activation": "swiglu"}},
     "fp64": {"model": {"precision": "fp64"}},
+    "wide heads": {"model": {"head_dim": 24}},
+    "narrow heads, rich": {"model": {**RICH, "head_dim": 8}},
+    "norms of heads": {"model": {"qk_norm": True}},
+    "norms of wide heads, rich": {"model": {**RICH, "qk_norm": True, "head_dim": 24}},
+    "bf16, norms of heads, rich": {"model": {**RICH, "qk_norm": True, "precision": "bf16"}},
+    "layer norms of heads": {"model": {"qk_norm": True, "normalization": "LayerNorm"}},
+    "norms of heads, learned positions": {"model": {**ABSOLUTE, "qk_norm": True}},
+    "norms of heads, selective recompute": {"model": {"qk_norm": True}, "train": {"recompute": "selective"}},
+    "norms of heads, rich, selective recompute": {
+        "model": {**RICH, "qk_norm": True},
+        "train": {"recompute": "selective"},
+    },
     "full recompute": {"model": {}, "train": {"recompute": "full"}},
     "bf16, full recompute": {"model": {"precision": "bf16"}, "train": {"recompute": "full"}},
     "selective recompute": {"model": {}, "train": {"recompute": "selective"}},
@@ -60,40 +73,32 @@ TWO: dict[str, Any] = {"sites": {"edge": {"tensor_parallel": 2}, "cloud": {"tens
 SHARED: dict[str, dict[str, Any]] = {
     "two processes": {"model": {}, **TWO},
     "two processes, rich": {"model": RICH, **TWO},
+    "two processes, norms of wide heads, rich": {"model": {**RICH, "qk_norm": True, "head_dim": 24}, **TWO},
     "two processes, bf16": {"model": {"precision": "bf16"}, **TWO},
 }
 
 
 def measure(
     site: Site, rank: int, cases: dict[str, dict[str, Any]], port: int
-) -> dict[str, dict[int, tuple[int, int, int, int]]]:
-    """In a world of this site alone: for each case and stage operations of F and B, bytes kept, bytes of state."""
-    import warnings
-
-    import patches
-    from ldt_schedules.megatron import world
+) -> dict[str, dict[int, tuple[Counted, int]]]:
+    """In a world of this site alone: for each case and stage what it computes and keeps, and bytes of state."""
     from ldt_schedules.training.model import build
 
-    warnings.simplefilter("ignore")
-    patches.apply_all()
     topology = config_of(**next(iter(cases.values()))).topology
-    place = topology.place(site, rank)
-    world.open_site(topology, place, world.Address(host="127.0.0.1", port=port), timeout_s=60, seed=1)
-    results = {}
-    for name, case in cases.items():
-        config = config_of(**case)
-        results[name] = _measure_stages(config, site, build(config, topology, place, Vocabulary(VOCABULARY)))
-    world.close_site()
-    return results
+    with site_world(topology, site, rank, port) as place:
+        configs = {name: config_of(**case) for name, case in cases.items()}
+        return {
+            name: _measure_stages(config, site, build(config, topology, place, Vocabulary(VOCABULARY)))
+            for name, config in configs.items()
+        }
 
 
-def _measure_stages(config: TrainConfig, site: Site, trained: Any) -> dict[int, tuple[int, int, int, int]]:
+def _measure_stages(config: TrainConfig, site: Site, trained: Any) -> dict[int, tuple[Counted, int]]:
     import torch
 
     from ldt_schedules.megatron.chunks import modules_on_rank
 
     buffers = [*trained.model.buffers, *trained.model.expert_parallel_buffers]
-    weights = {p.untyped_storage().data_ptr() for p in trained.model.parameters()}
     state = sum(p.nbytes for p in trained.model.parameters()) + sum(b.grad_data.nbytes for b in buffers)
     state += _optimizer_bytes(trained.optimizer)
     samples, sequence = config.train.micro_batch_size, config.model.seq_length
@@ -104,40 +109,10 @@ def _measure_stages(config: TrainConfig, site: Site, trained: Any) -> dict[int, 
     for number, module in modules_on_rank([trained.model], Layout.u(config.num_pipeline_ranks), rank).items():
         stage = number if site is Site.EDGE else 1
         given = torch.randn(sequence, samples, config.model.hidden_size, dtype=trained.config.params_dtype)
-        given.requires_grad_()
-        inner = module
-        while hasattr(inner, "module"):
-            inner = inner.module
-        if stage:
-            inner.set_input_tensor(given)
         arguments = (None, None, None) if site is Site.CLOUD else (tokens, positions, None)
         labels = {"labels": tokens} if stage == 2 else {}
-        counts = _count(lambda m=module, a=arguments, k=labels: m(*a, **k), weights, given if stage else None)
-        found[stage] = (*counts, state)
+        found[stage] = (count(module, given.requires_grad_() if stage else None, *arguments, **labels), state)
     return found
-
-
-def _count(run: Any, weights: set[int], given: Any) -> tuple[int, int, int]:
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    # The executor holds a stage's input until B, whether autograd keeps it or not.
-    kept = {} if given is None else {given.untyped_storage().data_ptr(): given.untyped_storage()}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with (
-        FlopCounterMode(display=False) as forward,
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-    ):
-        output = run()
-    with FlopCounterMode(display=False) as backward:
-        output.backward(torch.ones_like(output))
-    return forward.get_total_flops(), backward.get_total_flops(), sum(storage.nbytes() for storage in kept.values())
 
 
 def _optimizer_bytes(optimizer: Any) -> int:
@@ -150,29 +125,25 @@ def _optimizer_bytes(optimizer: Any) -> int:
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[str, dict[int, tuple[int, int, int, int]]]:
+def measured() -> dict[str, dict[int, tuple[Counted, int]]]:
     """Of every case, all three stages."""
-    ports = site_ports()
-    edge, cloud = Workers().run(
-        measure, [(site, 0, CASES, ports[str(site)]) for site in (Site.EDGE, Site.CLOUD)], timeout_s=120
-    )
-    return {name: {**edge[name], **cloud[name]} for name in CASES}
+    return of_both_sites(measure, CASES, timeout_s=120)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_operations_are_those_that_torch_counts(name: str, measured: dict[str, Any]) -> None:
     """To the last one, forward and backward, recomputation included."""
     for stage, work in enumerate(stage_work(config_of(**CASES[name]), VOCABULARY)):
-        forward, backward, _, _ = measured[name][stage]
-        assert work.forward == forward, stage
-        assert work.input_grad + work.weight_grad == backward, stage
+        counted, _ = measured[name][stage]
+        assert work.forward == counted.forward, stage
+        assert work.input_grad + work.weight_grad == counted.backward, stage
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_bytes_are_those_that_autograd_keeps(name: str, measured: dict[str, Any]) -> None:
     """Within 1 %; token ids, the loss mask, sums of tokens and a shared table of angles (40 bytes a token) are left out."""
     for stage, modelled in enumerate(activation_bytes(config_of(**CASES[name]), VOCABULARY)):
-        kept = measured[name][stage][2]
+        kept = measured[name][stage][0].kept
         tokens = 48 * 3
         assert modelled == pytest.approx(kept, rel=0.01, abs=40 * tokens), (stage, modelled / kept)
 
@@ -181,7 +152,7 @@ def test_bytes_are_those_that_autograd_keeps(name: str, measured: dict[str, Any]
 def test_static_memory_is_what_megatron_allocates(name: str, measured: dict[str, Any]) -> None:
     for rank in range(2):
         assert static_bytes(config_of(**CASES[name]), rank, VOCABULARY) == pytest.approx(
-            measured[name][rank][3], rel=0.02
+            measured[name][rank][1], rel=0.02
         )
 
 
@@ -191,10 +162,10 @@ def test_one_of_two_tensor_parallel_processes(workers: Workers) -> None:
     first, _ = workers.run(measure, [(Site.CLOUD, rank, SHARED, port) for rank in range(2)])
     for name, case in SHARED.items():
         config = config_of(**case)
-        forward, backward, kept, state = first[name][1]
+        counted, state = first[name][1]
         work = stage_work(config, VOCABULARY)[1]
-        assert (work.forward / 2, (work.input_grad + work.weight_grad) / 2) == (forward, backward), name
-        assert activation_bytes(config, VOCABULARY)[1] == pytest.approx(kept, rel=0.01), name
+        assert (work.forward / 2, (work.input_grad + work.weight_grad) / 2) == (counted.forward, counted.backward), name
+        assert activation_bytes(config, VOCABULARY)[1] == pytest.approx(counted.kept, rel=0.01), name
         assert static_bytes(config, 1, VOCABULARY) == pytest.approx(state, rel=0.02), name
 
 

@@ -14,6 +14,8 @@ from PIL import Image as Pillow
 
 from ldt_schedules.errors import ConfigError
 from ldt_schedules.megatron.vision_language.mrope import mrope_positions
+from ldt_schedules.training.chat.samples import Image, Message, Part, Sample, Video
+from ldt_schedules.training.chat.writing import open_chat
 from ldt_schedules.training.image_text.batching import (
     Dealing,
     ImageTextDataset,
@@ -24,11 +26,9 @@ from ldt_schedules.training.image_text.batching import (
     open_image_text,
     token_counts,
 )
-from ldt_schedules.training.image_text.chat import open_chat
 from ldt_schedules.training.image_text.dealing import cost, given_order
 from ldt_schedules.training.image_text.pixels import Pixels
 from ldt_schedules.training.image_text.preparing import BadSample, Preparing
-from ldt_schedules.training.image_text.samples import Image, Message, Part, Sample, Video
 
 SEQ = 80
 COUNT = 30

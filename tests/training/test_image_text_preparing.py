@@ -13,58 +13,19 @@ import pytest
 from PIL import Image as Pillow
 
 from ldt_schedules.errors import ConfigError
+from ldt_schedules.training.chat.huggingface import HuggingFaceChat
+from ldt_schedules.training.chat.samples import Image, Message, Sample, Video, read_samples
+from ldt_schedules.training.chat.writing import ByteChat, open_chat
 from ldt_schedules.training.image_text import pixels as pixels_module
-from ldt_schedules.training.image_text.chat import ByteChat, HuggingFaceChat, open_chat
 from ldt_schedules.training.image_text.pixels import PictureError, Pixels
 from ldt_schedules.training.image_text.preparing import BadSample, Prepared, Preparing
-from ldt_schedules.training.image_text.samples import Image, Message, Sample, Video, read_samples
-
-QWEN_LIKE = (
-    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-"""Of the same behaviour as Qwen2-VL's: a default system message, content as a string or as parts."""
-TEXT_ONLY = (
-    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'].strip() }}{{ eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
-)
-VISION_TOKENS = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+from tests.training.chat_tokenizers import QWEN_LIKE, TEXT_ONLY, VISION_TOKENS, save_tokenizer
 
 
 def picture(file: Path, width: int, height: int, mode: str = "RGB") -> Path:
     noise = np.random.RandomState(width * 1000 + height).randint(0, 256, (height, width, 3), dtype=np.uint8)
     Pillow.fromarray(noise).convert(mode).save(file)
     return file
-
-
-def save_tokenizer(folder: Path, template: str | None, special: list[str]) -> str:
-    """A byte-level BPE tokenizer with a few merges, as a Hugging Face directory."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|endoftext|>", "<s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["Which bar is the tallest? March user assistant system"] * 9, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>", bos_token="<s>"
-    )
-    fast.add_tokens(special, special_tokens=True)
-    if template is not None:
-        fast.chat_template = template
-    fast.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

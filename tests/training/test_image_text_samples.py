@@ -12,8 +12,8 @@ import pytest
 from PIL import Image as Pillow
 
 from ldt_schedules.errors import ConfigError
+from ldt_schedules.training.chat.samples import Image, Message, Video, read_samples
 from ldt_schedules.training.image_text import charts
-from ldt_schedules.training.image_text.samples import Image, Message, Video, read_samples
 
 ANSWER = {"role": "assistant", "content": "March"}
 
@@ -34,7 +34,7 @@ def test_a_sample_keeps_the_order_of_its_parts(tmp_path: Path) -> None:
     image = {"type": "image", "image": "a.png"}
     video = {"type": "video", "video": ["a.png", "a.png"], "fps": 4}
     first = {"messages": [{"role": "system", "content": "Be short."}, *asked(image, video)["messages"]]}
-    second = asked({"type": "text", "text": "grün "}, {"type": "video", "video": ["a.png"]}, image)
+    second = asked({"type": "text", "text": "grün "}, {"type": "video", "video": ["a.png"]}, image, id=3)
     one, two = read_samples(write(tmp_path, first, b"  ", second))
     path = tmp_path / "a.png"
     assert one.vision == (Image(path), Video((path, path), 4.0))
@@ -51,7 +51,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "json": (b"{", "not JSON"),
     "utf8": (b"\xff", "not UTF-8"),
     "no object": ([1], "the line is a list; an object with messages"),
-    "unknown key": (asked("", id=3), "the line has the key 'id'; allowed are messages"),
+    "another text": (asked("", tools=[1]), "the line has the key 'tools'; conversations with it are not served"),
     "no messages": ({}, "the line has no key 'messages'"),
     "null messages": ({"messages": None}, "messages is null"),
     "empty messages": ({"messages": []}, "messages is an empty list"),

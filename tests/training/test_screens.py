@@ -73,6 +73,19 @@ def test_first_screen_says_what_crosses_and_what_never_does() -> None:
     assert "4,096 tokens" in text
 
 
+def test_first_screen_says_that_the_cloud_is_told_of_conversations() -> None:
+    told = "where each conversation and padding begin"
+    for data, segmented in (
+        ({"format": "messages"}, True),
+        ({"format": "messages", "packing": False}, False),
+        ({"format": "messages", "packing": False, "padding_side": "left"}, True),
+        ({}, False),
+    ):
+        text = " ".join(described(data=data).split())
+        assert (told in text) is segmented
+        assert ("questions about the functions" in text) is (data != {})
+
+
 def test_bytes_follow_precision_and_replicas() -> None:
     site = {"data_parallel": 2}
     link = describe_run(
@@ -170,9 +183,9 @@ def test_summary_compares_with_unigram_entropy() -> None:
 def run_screen(console: Console) -> None:
     with TrainingScreen(25, log_interval=10, console=console) as screen:
         for iteration in range(1, 26):
-            screen.step(replace(STEP, iteration=iteration))
+            screen.report(replace(STEP, iteration=iteration))
             if iteration == 20:
-                screen.evaluation(EvalReport(20, 2.5, 64))
+                screen.report(EvalReport(20, 2.5, 64))
 
 
 def test_without_a_terminal_lines_come_at_intervals() -> None:
@@ -206,9 +219,9 @@ def lines_of(directory: Path) -> list[dict[str, object]]:
 
 def test_metrics_are_written(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path / "run") as metrics:
-        metrics.step(STEP)
-        metrics.step(replace(STEP, iteration=13, loss=math.nan, grad_norm=math.inf, bubble=None, skipped=True))
-        metrics.evaluation(EvalReport(13, 2.5, 64))
+        metrics.report(STEP)
+        metrics.report(replace(STEP, iteration=13, loss=math.nan, grad_norm=math.inf, bubble=None, skipped=True))
+        metrics.report(EvalReport(13, 2.5, 64))
     first, second, third = lines_of(tmp_path / "run")
     assert (first["event"], first["iteration"], first["loss"], first["bytes_up"]) == ("step", 12, 2.345678, 4_194_304)
     assert (second["loss"], second["grad_norm"], second["skipped"]) == (None, None, True)
@@ -219,11 +232,11 @@ def test_metrics_are_written(tmp_path: Path) -> None:
 def test_metrics_of_a_resumed_run_continue_at_its_step(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path) as metrics:
         for iteration in (1, 2, 3):
-            metrics.step(replace(STEP, iteration=iteration))
+            metrics.report(replace(STEP, iteration=iteration))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"event": "st')  # killed in the middle of a line
     with MetricsWriter(tmp_path, start_iteration=2) as metrics:
-        metrics.step(replace(STEP, iteration=3, loss=1.0))
+        metrics.report(replace(STEP, iteration=3, loss=1.0))
     assert [(line["iteration"], line["loss"]) for line in lines_of(tmp_path)] == [
         (1, STEP.loss),
         (2, STEP.loss),

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 from ldt_schedules.planning import plan, simulate
 from ldt_schedules.planning.actions import Kind
 from ldt_schedules.planning.planners import plan_problem
-from ldt_schedules.topology import Site
 from ldt_schedules.training.config import TrainConfig
 from ldt_schedules.training.cost_model import (
     GIB,
@@ -30,7 +29,7 @@ from ldt_schedules.training.parameters import stage_parameters, trained_paramete
 from ldt_schedules.training.screens import first_screen
 from ldt_schedules.training.stage_work import StageWork
 from ldt_schedules.training.vision_shapes import Patches
-from tests.helpers.workers import Workers, site_ports
+from tests.training.measuring import of_both_sites
 from tests.training.test_screens import rendered
 
 VOCABULARY = 384  # bytes, and the special tokens of a conversation, padded
@@ -225,7 +224,7 @@ def test_first_screen() -> None:
     config = config_of(
         {"frozen": ["vit"]}, sites={"cloud": {"pipeline_ranks": 2}}, layers={"vit": [2, 1, 0, 1], "llm": [0, 0, 4, 0]}
     )
-    run = describe_run(config, 257)
+    run = describe_run(config, 263)
     text = " ".join(rendered(first_screen(run), 400).split())
     for part in (
         "vision 0–1, 3; language -",
@@ -242,7 +241,7 @@ def test_first_screen() -> None:
     ):
         assert part in text, part
     assert 0 < run.trained_parameters < run.parameters
-    assert "frozen" not in rendered(first_screen(describe_run(config_of(), 257)))
+    assert "frozen" not in rendered(first_screen(describe_run(config_of(), 263)))
 
 
 @pytest.mark.parametrize(
@@ -346,11 +345,7 @@ def measured() -> dict[str, dict[int, dict[str, float]]]:
     """Of every case, each stage as it is."""
     from tests.training.vision_stages import measure
 
-    ports = site_ports()
-    edge, cloud = Workers().run(
-        measure, [(site, 0, CASES, ports[str(site)]) for site in (Site.EDGE, Site.CLOUD)], timeout_s=200
-    )
-    return {name: {**edge[name], **cloud[name]} for name in CASES}
+    return of_both_sites(measure, CASES, timeout_s=200)
 
 
 @pytest.mark.parametrize("name", CASES)

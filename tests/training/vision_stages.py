@@ -5,26 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from ldt_schedules.topology import Site
+from tests.training.measuring import count, site_world
 
 
 def measure(
     site: Site, rank: int, cases: dict[str, dict[str, Any]], port: int
 ) -> dict[str, dict[int, dict[str, float]]]:
     """Of each case and stage of this site: parameters, operations, bytes kept from F to B."""
-    import warnings
-
-    import patches
-    from ldt_schedules.megatron import world
     from tests.training.test_vision_costs import config_of
 
-    warnings.simplefilter("ignore")
-    patches.apply_all()
-    topology = config_of().topology
-    place = topology.place(site, rank)
-    world.open_site(topology, place, world.Address(host="127.0.0.1", port=port), timeout_s=60, seed=1)
-    found = {name: _stages(config_of(**case), place) for name, case in cases.items()}
-    world.close_site()
-    return found
+    with site_world(config_of().topology, site, rank, port) as place:
+        return {name: _stages(config_of(**case), place) for name, case in cases.items()}
 
 
 def _stages(config: Any, place: Any) -> dict[int, dict[str, float]]:
@@ -40,46 +31,18 @@ def _stages(config: Any, place: Any) -> dict[int, dict[str, float]]:
 
 
 def _counted(config: Any, number: int, stage: Any, seen: set[int]) -> dict[str, float]:
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
     own = [p for p in stage.parameters() if id(p) not in seen]  # of a tied output layer the embedding has it
     seen.update(map(id, own))
     given = _input(config, number) if number else None
     if given is not None:
         given.requires_grad_(config.layout.has_backward(number - 1))
-    weights = {p.untyped_storage().data_ptr() for p in stage.parameters()}
-    kept = {} if given is None else {given.untyped_storage().data_ptr(): given.untyped_storage()}
-
-    def pack(tensor: Any) -> Any:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    has_backward = config.layout.has_backward(number)
-    with (
-        torch.set_grad_enabled(has_backward),
-        FlopCounterMode(display=False) as forward,
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-    ):
-        if given is not None:
-            _inner(stage).set_input_tensor(given)
-        output = stage(_microbatch(config))
-    if has_backward:
-        output.backward(torch.ones_like(output))
+    counted = count(stage, given, _microbatch(config), has_backward=config.layout.has_backward(number))
     return {
         "parameters": sum(p.numel() for p in own),
         "trained": sum(p.numel() for p in own if p.requires_grad),
-        "weight products": forward.get_total_flops(),
-        "kept": sum(storage.nbytes() for storage in kept.values()) if has_backward else 0,
+        "weight products": counted.forward,
+        "kept": counted.kept,
     }
-
-
-def _inner(stage: Any) -> Any:
-    while hasattr(stage, "module"):
-        stage = stage.module
-    return stage
 
 
 def _input(config: Any, number: int) -> Any:

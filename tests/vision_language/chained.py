@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ldt_schedules.planning.lap_layers import LapLayers, frozen_stages
+from ldt_schedules.planning.layout import EDGE_RANK, Layout
 from tests.vision_language import tiny
 
 Tensors = dict[str, torch.Tensor]
@@ -24,14 +26,12 @@ def compositions(total: int, parts: int) -> list[tuple[int, ...]]:
     ]
 
 
-def splits(num_ranks: int) -> list[Any]:
+def splits(num_ranks: int) -> list[LapLayers]:
     """Every split of the ViT and every split of the language model, in pairs."""
-    from ldt_schedules.megatron.vision_language.description import Split
-
     vision = compositions(tiny.VISION_LAYERS, num_ranks + 1)
     language = compositions(tiny.LANGUAGE_LAYERS, num_ranks + 1)
     return [
-        Split(vision[n % len(vision)], language[(n * 7) % len(language)])
+        LapLayers(vision[n % len(vision)], language[(n * 7) % len(language)])
         for n in range(max(len(vision), len(language)))
     ]
 
@@ -43,29 +43,32 @@ def whole_step(whole: Any, batch: Tensors) -> Result:
     return losses.detach(), {name: p.grad for name, p in tiny.named_parameters(whole) if p.grad is not None}
 
 
-def chained_step(stages: Sequence[Any], batch: Tensors) -> Result:
-    """Forward and backward over all stages; at each boundary a tensor that knows nothing of what made it."""
+def chained_step(stages: Sequence[Any], batch: Tensors, layout: Layout) -> Result:
+    """Forward over all stages, backward over those that have one; at each boundary a tensor that knows nothing of what
+    made it."""
     inputs: list[torch.Tensor] = []
     outputs: list[torch.Tensor] = []
     cloud = tiny.for_the_cloud(batch)
-    edge = {0, len(stages) // 2, len(stages) - 1}
+    edge = layout.stages_on(EDGE_RANK)
     for number, stage in enumerate(stages):
         if number:
-            inputs.append(outputs[-1].detach().requires_grad_())
+            inputs.append(outputs[-1].detach().requires_grad_(layout.has_backward(number - 1)))
             stage.set_input_tensor([inputs[-1]] if number % 2 else inputs[-1])
-        outputs.append(stage(batch if number in edge else cloud))
+        with torch.set_grad_enabled(layout.has_backward(number)):
+            outputs.append(stage(batch if number in edge else cloud))
     assert all(output._base is None for output in outputs[:-1]), "Megatron cannot free a view"
     tiny.masked_mean(outputs[-1], batch).backward()
-    for output, handed_over in reversed(list(zip(outputs[:-1], inputs, strict=True))):
-        output.backward(handed_over.grad)
+    for number, handed_over in reversed(list(enumerate(inputs))):
+        if layout.has_backward(number):
+            outputs[number].backward(handed_over.grad)
     gradients = {name: p.grad for stage in stages for name, p in tiny.named_parameters(stage) if p.grad is not None}
     return outputs[-1].detach(), gradients
 
 
-def built(model: Any, split: Any, weights: Tensors) -> list[Any]:
+def built(model: Any, layers: LapLayers, weights: Tensors) -> list[Any]:
     from ldt_schedules.megatron.vision_language.stages import build_stage
 
-    return [tiny.load(build_stage(model, split, stage), weights) for stage in range(split.num_stages)]
+    return [tiny.load(build_stage(model, layers, stage), weights) for stage in range(layers.num_stages)]
 
 
 def unsplit(model: Any, weights: Tensors) -> Any:
@@ -90,17 +93,16 @@ def all_splits(rank: int, ports: dict[str, int], num_ranks: int) -> list[str]:
     whole = unsplit(model, weights)
     expected = [whole_step(whole, batch) for batch in batches]
     wrong = []
-    for number, split in enumerate(splits(num_ranks)):
+    for number, layers in enumerate(splits(num_ranks)):
         for which in (0, 1 + number % (len(batches) - 1)):
-            found = differences(chained_step(built(model, split, weights), batches[which]), expected[which])
-            wrong += [f"{split}, batch {which}: {found}"] if found else []
+            mine = chained_step(built(model, layers, weights), batches[which], layers.layout())
+            found = differences(mine, expected[which])
+            wrong += [f"{layers}, batch {which}: {found}"] if found else []
     return wrong
 
 
 def tied_and_recomputed(rank: int, ports: dict[str, int]) -> dict[str, list[str]]:
     """Of activation recomputation in both ways, and with dropout, against none; and of a tied model's logits."""
-    from ldt_schedules.megatron.vision_language.description import Split
-
     tiny.open_world(rank, ports)
     weights = tiny.random_weights()
     batch = tiny.microbatch(tiny.BATCHES["padding at both ends"])
@@ -110,9 +112,10 @@ def tied_and_recomputed(rank: int, ports: dict[str, int]) -> dict[str, list[str]
         "selective": dict(recompute_granularity="selective"),
     }
     found = {}
+    layers = LapLayers((1, 2, 1), (1, 1, 1))
     for name, fields in ways.items():
-        stages = built(tiny.model(**fields), Split((1, 2, 1), (1, 1, 1)), weights)
-        found[name] = differences(chained_step(stages, batch), expected)
+        stages = built(tiny.model(**fields), layers, weights)
+        found[name] = differences(chained_step(stages, batch, layers.layout()), expected)
     found["dropout"] = _dropout_comes_again(weights, batch, ways["full"])
     tied = {**weights, "language.output_layer.weight": weights["language.embedding.word_embeddings.weight"]}
     without_labels = {name: value for name, value in batch.items() if name != "labels"}
@@ -137,19 +140,21 @@ def _dropout_comes_again(weights: Tensors, batch: Tensors, recompute: dict[str, 
 
 def frozen(rank: int, ports: dict[str, int], parts: tuple[str, ...]) -> list[str]:
     """Of a split model with frozen parts, what differs from the whole one's trainable gradients."""
-    from ldt_schedules.megatron.vision_language.description import Split, freeze, part_of
+    from ldt_schedules.megatron.vision_language.description import freeze, part_of
 
     tiny.open_world(rank, ports)
     model, weights = tiny.model(), tiny.random_weights()
+    layers = LapLayers((1, 0, 2, 1), (0, 1, 1, 1))
+    layout = layers.layout().freeze(frozen_stages(layers, frozenset(parts)))
     wrong = []
     for name in ("three images", "no image"):
         batch = tiny.microbatch(tiny.BATCHES[name])
         losses, gradients = whole_step(unsplit(model, weights), batch)
         trained = {key: gradient for key, gradient in gradients.items() if part_of(key) not in parts}
-        stages = built(model, Split((1, 0, 2, 1), (0, 1, 1, 1)), weights)
+        stages = built(model, layers, weights)
         for stage in stages:
             freeze(stage, parts)
-        wrong += differences(chained_step(stages, batch), (losses, trained))
+        wrong += differences(chained_step(stages, batch, layout), (losses, trained))
     return wrong
 
 
@@ -161,7 +166,6 @@ def narrowed(rank: int, ports: dict[str, int]) -> dict[str, Any]:
     from megatron.core.transformer.module import Float16Module
 
     from ldt_schedules.megatron.chunks import narrowed_stage
-    from ldt_schedules.megatron.vision_language.description import Split
 
     tiny.open_world(rank, ports)
     weights = {name: weight.bfloat16().double() for name, weight in tiny.random_weights().items()}
@@ -171,7 +175,7 @@ def narrowed(rank: int, ports: dict[str, int]) -> dict[str, Any]:
     whole = Float16Module(model.language, unsplit(model, weights))
     dtypes = _dtypes_where_attended(whole)
     losses = whole(batch).detach()
-    stages: list[Any] = built(model, Split((2, 1, 1), (0, 2, 1)), weights)
+    stages: list[Any] = built(model, LapLayers((2, 1, 1), (0, 2, 1)), weights)
     last = len(stages) - 1
     output = None
     for number, stage in enumerate(stages):
@@ -185,7 +189,7 @@ def narrowed(rank: int, ports: dict[str, int]) -> dict[str, Any]:
 
 def _dtypes_where_attended(whole: Any) -> dict[str, set[tuple[str, ...]]]:
     """Filled when `whole` is called: attention class -> dtypes of query, key and value."""
-    from ldt_schedules.megatron.vision_language.attention import SegmentAttention
+    from ldt_schedules.megatron.segment_attention import SegmentAttention
 
     found: dict[str, set[tuple[str, ...]]] = {}
 

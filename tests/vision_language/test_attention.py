@@ -10,12 +10,9 @@ import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 
-from ldt_schedules.megatron.vision_language.attention import (
-    FrameAttention,
-    SegmentAttention,
-    WindowAttention,
-    run_lengths,
-)
+from ldt_schedules.megatron.segment_attention import SegmentAttention
+from ldt_schedules.megatron.segments import run_lengths
+from ldt_schedules.megatron.vision_language.attention import FrameAttention, WindowAttention
 
 HEADS, WIDTH = 4, 8
 

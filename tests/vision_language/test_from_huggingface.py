@@ -16,6 +16,7 @@ from ldt_schedules.topology import Site, SiteSize
 from ldt_schedules.training.config import TrainConfig, load_config
 from ldt_schedules.training.vocabulary import Vocabulary
 from tests.helpers.workers import Workers, site_ports
+from tests.huggingface.sites import logits_through_the_u, reporting_logits
 from tests.huggingface.tiny import assert_same, contents
 from tests.parity.vision import VisionCase
 from tests.vision_language import tiny
@@ -58,50 +59,26 @@ class DirectoryCase(VisionCase):
 
 
 def logits_step(data_iterator: Any, model: torch.nn.Module) -> tuple[Any, Any]:
-    """Without labels the tail gives logits, of this process's part of the vocabulary."""
+    """Without labels the tail gives logits."""
     batch = {name: value for name, value in next(data_iterator).items() if name != "labels"}
-
-    def collected(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        return output.sum(), torch.ones((), dtype=torch.int), {"logits": output.detach()}
-
-    return model(batch), collected
+    return reporting_logits(model(batch))
 
 
 def evaluate_and_save(case: DirectoryCase, rank: int, ports: dict[str, int], names: list[str]) -> list[np.ndarray]:
     """What a worker runs: each batch once through the U, then the directory is written."""
-    from megatron.core import parallel_state, tensor_parallel
-    from megatron.core.pipeline_parallel import schedules
+    from megatron.core import parallel_state
 
     from ldt_schedules.megatron import world
     from ldt_schedules.training.huggingface_model import check_save, save_weights
     from ldt_schedules.training.model import build
-    from ldt_schedules.training.tensor_parallel_batches import over_tensor_parallel
     from tests.parity.case import open_rank
 
     place, _ = open_rank(case, rank, ports)
     config = case.config()
     check_save(config, place.site)
     trained = build(config, case.topology, place, case.vocabulary())
-    trained.model.eval()
     given = [tiny.microbatch(tiny.BATCHES[name], torch.float64) for name in names]
-    found = []
-    for batch in given:  # of different sizes: a step for each
-        count = case.topology.domains if place.site is Site.EDGE else 1
-        source = over_tensor_parallel(iter([batch] * count) if place.tensor_rank == 0 else None)
-        with torch.no_grad():
-            reports = schedules.get_forward_backward_func()(
-                forward_step_func=logits_step,
-                data_iterator=source if place.site is Site.EDGE else None,
-                model=[trained.model],
-                num_microbatches=count,
-                seq_length=tiny.SEQUENCE,
-                micro_batch_size=len(batch["input_ids"]),
-                decoder_seq_length=tiny.SEQUENCE,
-                forward_only=True,
-            )
-        for report in reports[:1]:
-            logits = tensor_parallel.gather_from_tensor_model_parallel_region(report["logits"])
-            found.append(logits.double().numpy())
+    found = logits_through_the_u(case, place, trained.model, given, logits_step)
     assert parallel_state.get_tensor_model_parallel_world_size() == case.topology.size(place.site).tensor
     save_weights(config, trained.model, place, case.vocabulary().rows)
     world.close_site()
@@ -206,8 +183,9 @@ def test_who_holds_what_is_what_was_built() -> None:
     from ldt_schedules.training.huggingface_model import holder
 
     layers = LapLayers((1, 2, 0, 1), (1, 0, 2, 1))
-    ranks = [holder(layers, f"vision.decoder.layers.{n}.mlp.linear_fc1.weight") for n in range(4)]
+    layout = layers.layout(domains=2)
+    ranks = [holder(layers, layout, f"vision.decoder.layers.{n}.mlp.linear_fc1.weight") for n in range(4)]
     assert ranks == [0, 1, 1, 0]
-    assert [holder(layers, f"language.decoder.layers.{n}.x") for n in range(4)] == [0, 2, 2, 0]
+    assert [holder(layers, layout, f"language.decoder.layers.{n}.x") for n in range(4)] == [0, 2, 2, 0]
     for name in ("vision.patch_embed.weight", "vision.projector.norm.weight", "language.output_layer.weight"):
-        assert holder(layers, name) == 0
+        assert holder(layers, layout, name) == 0

@@ -14,7 +14,7 @@ from ldt_schedules.megatron.vision_language.mrope import mrope_positions
 VOCABULARY, IMAGE, VIDEO, PAD = 64, 62, 63, 0
 MERGE, PATCH_VALUES = 2, 24
 VISION_LAYERS, LANGUAGE_LAYERS = 4, 3
-FULL_ATTENTION = (1, 3)
+FULL_ATTENTION = [1, 3]
 MROPE = [1, 1, 2]
 SEQUENCE = 40
 
@@ -87,60 +87,44 @@ def for_the_cloud(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def model(dtype: torch.dtype = torch.float32, tensor: int = 1, tied: bool = False, **more: Any) -> Any:
     """The description of the tiny model; `more` are fields of the language model's TransformerConfig."""
-    import torch.nn.functional as functional
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from ldt_schedules.topology import Site
+    from ldt_schedules.training.config import TrainConfig
+    from ldt_schedules.training.model import transformer_config
+    from ldt_schedules.training.vision_model import described
+    from ldt_schedules.training.vocabulary import Vocabulary
 
-    from ldt_schedules.megatron.vision_language.description import VisionLanguageModel
-    from ldt_schedules.megatron.vision_language.vision import vision_config
-
-    fields: dict[str, Any] = dict(
-        num_layers=LANGUAGE_LAYERS,
-        hidden_size=32,
-        ffn_hidden_size=48,
-        num_attention_heads=4,
-        num_query_groups=2,
-        normalization="RMSNorm",
-        layernorm_epsilon=1e-6,
-        activation_func=functional.silu,
-        gated_linear_unit=True,
-        add_bias_linear=False,
-        add_qkv_bias=True,
-        mrope_section=list(MROPE),
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        tensor_model_parallel_size=tensor,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        use_cpu_initialization=True,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
+    config = TrainConfig.model_validate(
+        {
+            "model": {
+                "num_layers": LANGUAGE_LAYERS,
+                "hidden_size": 32,
+                "ffn_hidden_size": 48,
+                "num_attention_heads": 4,
+                "num_query_groups": 2,
+                "seq_length": SEQUENCE,
+                "tie_embeddings": tied,
+                "activation": "swiglu",
+                "qkv_bias": True,
+                "norm_eps": 1e-6,
+                "mrope_section": MROPE,
+                "precision": {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16"}[dtype],
+                "megatron": more,
+            },
+            "vision": {
+                "num_layers": VISION_LAYERS,
+                "hidden_size": 32,
+                "ffn_hidden_size": 40,
+                "num_attention_heads": 2,
+                "full_attention_layers": FULL_ATTENTION,
+                "patch_size": 2,
+                "merge_size": MERGE,
+                "window_size": 8,
+            },
+            "sites": {"edge": {"tensor_parallel": tensor}, "cloud": {"pipeline_ranks": 0}},
+        }
     )
-    language = TransformerConfig(**{**fields, **more})
-    vision = vision_config(
-        language,
-        num_layers=VISION_LAYERS,
-        hidden_size=32,
-        ffn_hidden_size=40,
-        num_attention_heads=2,
-        full_attention_layers=FULL_ATTENTION,
-        patch_size=2,
-        merge_size=MERGE,
-        window_size=8,
-    )
-    return VisionLanguageModel(
-        vision=vision,
-        language=language,
-        vocab_size=VOCABULARY,
-        max_sequence_length=SEQUENCE,
-        rope_theta=10000.0,
-        tied=tied,
-        image_token=IMAGE,
-        video_token=VIDEO,
-    )
+    language = transformer_config(config, config.topology, Site.EDGE)
+    return described(config, language, Vocabulary(VOCABULARY, IMAGE, VIDEO))
 
 
 def open_world(rank: int, ports: dict[str, int], tensor: int = 1) -> None:

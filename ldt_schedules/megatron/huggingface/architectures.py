@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldt_schedules.errors import ConfigError
+from ldt_schedules.megatron.huggingface.decoder_only import LLAMA, QWEN2, QWEN3
 from ldt_schedules.megatron.huggingface.mapping import Architecture
 from ldt_schedules.megatron.huggingface.qwen2_5_vl import QWEN2_5_VL
 
-ARCHITECTURES = {one.name: one for one in (QWEN2_5_VL,)}
+ARCHITECTURES = {one.name: one for one in (LLAMA, QWEN2, QWEN3, QWEN2_5_VL)}
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:

@@ -60,9 +60,7 @@ def load(
     with directory.reading() as read, torch.no_grad():
         for name, parameter in parameters:
             parts[name].fill(parameter, read)
-            for copy in pairs[name].copies:
-                if copy in directory.tensors:
-                    _check_copy(directory, parts[name], copy, read)
+            check_copies(directory, pairs[name], parts[name], read)
 
 
 def parts_of(
@@ -87,14 +85,14 @@ def parts_of(
     return parts
 
 
-def _check_copy(directory: HuggingFaceDirectory, part: Part, copy: str, read: Read) -> None:
-    """transformers would untie two different ones without a word; ours would lose one."""
-    for one in part.rows:
-        if one.source is not None:
+def check_copies(directory: HuggingFaceDirectory, pair: Pair, part: Part, read: Read) -> None:
+    """transformers would untie two different ones without a word; ours would lose one. Raises ConfigError: two differ."""
+    for copy in (copy for copy in pair.copies if copy in directory.tensors):
+        for one in (one for one in part.rows if one.source is not None):
             rows = slice(one.start, one.stop)
-            first, second = (read(name, rows, part.columns) for name in (part.names[one.source], copy))
+            first, second = (read(name, rows, part.columns) for name in (part.names[one.source or 0], copy))
             if not torch.equal(first, second):
                 raise ConfigError(
                     f"{directory.path}: config.json ties the embeddings, but {copy} differs from "
-                    f"{part.names[one.source]}. Set tie_word_embeddings to false there, or remove {copy}"
+                    f"{part.names[one.source or 0]}. Set tie_word_embeddings to false there, or remove {copy}"
                 )

@@ -182,7 +182,8 @@ class Architecture:
         once: entries without a layer.
         layers: the size that counts them (`num_layers`, `vision.num_layers`) -> the entries of a layer.
         spellings: the published one first.
-        settings: config.json -> `{"vocab_size": ..., "model": {...}, "vision": {...}}`, in our config keys.
+        settings: config.json -> `{"vocab_size": ..., "model": {...}, "vision": {...}}`, in our config keys; no `vision` of a
+            model of text.
     """
 
     name: str

@@ -7,16 +7,14 @@ siblings), which transformers writes to this day. transformers 4.52 and later ca
 
 from __future__ import annotations
 
+from ldt_schedules.megatron.huggingface.decoder_layers import ends, layer
 from ldt_schedules.megatron.huggingface.mapping import Architecture, Spelling, entry
-from ldt_schedules.megatron.huggingface.packing import Fused, Gated, Grouped, Padded
+from ldt_schedules.megatron.huggingface.packing import Fused, Gated
 from ldt_schedules.megatron.huggingface.qwen2_5_vl_settings import settings
 
-_EMBEDDING = "language.embedding.word_embeddings.weight"
-_PADDED = Padded("padded_vocab_size")
 _PATCH = ("vision.in_channels", "vision.temporal_patch_size", "vision.patch_size", "vision.patch_size")
 _WIDTH, _FFN, _MERGED = "vision.hidden_size", "vision.ffn_hidden_size", "vision.merged_size"
 _HEADS = Fused("vision.num_attention_heads")
-_GROUPS = Grouped("num_query_groups")
 
 _ONCE = (
     entry("vision.patch_embed.weight", ("visual.patch_embed.proj.weight", _WIDTH, *_PATCH)),
@@ -25,14 +23,7 @@ _ONCE = (
     entry("vision.projector.mlp.linear_fc1.bias", ("visual.merger.mlp.0.bias", _MERGED)),
     entry("vision.projector.mlp.linear_fc2.weight", ("visual.merger.mlp.2.weight", "hidden_size", _MERGED)),
     entry("vision.projector.mlp.linear_fc2.bias", ("visual.merger.mlp.2.bias", "hidden_size")),
-    entry(_EMBEDDING, ("model.embed_tokens.weight", "vocab_size", "hidden_size"), packing=_PADDED),
-    entry("language.decoder.final_layernorm.weight", ("model.norm.weight", "hidden_size")),
-    entry(
-        "language.output_layer.weight",
-        ("lm_head.weight", "vocab_size", "hidden_size"),
-        packing=_PADDED,
-        tied_to=_EMBEDDING,
-    ),
+    *ends("language."),
 )
 
 _V, _VISUAL = "vision.decoder.layers.{n}.", "visual.blocks.{n}."
@@ -64,39 +55,10 @@ _VISION_LAYER = (
     entry(_V + "mlp.linear_fc2.bias", (_VISUAL + "mlp.down_proj.bias", _WIDTH)),
 )
 
-_L, _TEXT = "language.decoder.layers.{n}.", "model.layers.{n}."
-
-_LANGUAGE_LAYER = (
-    entry(_L + "input_layernorm.weight", (_TEXT + "input_layernorm.weight", "hidden_size")),
-    entry(
-        _L + "self_attention.linear_qkv.weight",
-        (_TEXT + "self_attn.q_proj.weight", "query_size", "hidden_size"),
-        (_TEXT + "self_attn.k_proj.weight", "key_size", "hidden_size"),
-        (_TEXT + "self_attn.v_proj.weight", "key_size", "hidden_size"),
-        packing=_GROUPS,
-    ),
-    entry(
-        _L + "self_attention.linear_qkv.bias",
-        (_TEXT + "self_attn.q_proj.bias", "query_size"),
-        (_TEXT + "self_attn.k_proj.bias", "key_size"),
-        (_TEXT + "self_attn.v_proj.bias", "key_size"),
-        packing=_GROUPS,
-    ),
-    entry(_L + "self_attention.linear_proj.weight", (_TEXT + "self_attn.o_proj.weight", "hidden_size", "query_size")),
-    entry(_L + "pre_mlp_layernorm.weight", (_TEXT + "post_attention_layernorm.weight", "hidden_size")),
-    entry(
-        _L + "mlp.linear_fc1.weight",
-        (_TEXT + "mlp.gate_proj.weight", "ffn_hidden_size", "hidden_size"),
-        (_TEXT + "mlp.up_proj.weight", "ffn_hidden_size", "hidden_size"),
-        packing=Gated(),
-    ),
-    entry(_L + "mlp.linear_fc2.weight", (_TEXT + "mlp.down_proj.weight", "hidden_size", "ffn_hidden_size")),
-)
-
 QWEN2_5_VL = Architecture(
     name="Qwen2_5_VLForConditionalGeneration",
     once=_ONCE,
-    layers={"vision.num_layers": _VISION_LAYER, "num_layers": _LANGUAGE_LAYER},
+    layers={"vision.num_layers": _VISION_LAYER, "num_layers": layer("language.", qkv_bias=True)},
     settings=settings,
     spellings=(
         Spelling(),

@@ -11,6 +11,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldt_schedules.errors import ConfigError
+from ldt_schedules.megatron.huggingface.language_settings import (
+    language_problems,
+    model_section,
+    said,
+    weights_problems,
+    with_defaults,
+)
 
 _TEXT_DEFAULTS: dict[str, Any] = {
     "vocab_size": 152064,
@@ -22,6 +29,7 @@ _TEXT_DEFAULTS: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "rope_theta": 1e6,
     "mrope_section": [16, 24, 24],
+    "max_window_layers": 80,
 }
 _VISION_DEFAULTS: dict[str, Any] = {
     "depth": 32,
@@ -48,48 +56,26 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: everything in it that our model cannot do.
     """
     text = config.get("text_config") or config
-    vision = {**_VISION_DEFAULTS, **_said(config.get("vision_config") or {})}
+    vision = {**_VISION_DEFAULTS, **said(config.get("vision_config") or {})}
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    given = {**_TEXT_DEFAULTS, **_said(text), "sliding_window": text.get("sliding_window", 4096)}
+    given = with_defaults(text, _TEXT_DEFAULTS)
     given["rope_theta"] = rope.get("rope_theta", given["rope_theta"])
     given["mrope_section"] = rope.get("mrope_section", given["mrope_section"])
-    if text.get("num_key_value_heads", 0) is None:
-        given["num_key_value_heads"] = given["num_attention_heads"]
     refused = [*_whole_model(config, given, rope), *_language(given), *_vision(vision, given)]
     if refused:
         raise ConfigError("config.json asks for what this model cannot do: " + "; ".join(refused))
     tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
     return {
         "vocab_size": given["vocab_size"],
-        "model": _model_section(given, tied),
+        "model": {
+            **model_section(given, tied=tied, qkv_bias=True),
+            "mrope_section": list(given["mrope_section"]),
+        },
         "vision": {
             **_vision_section(vision),
             "image_token": config.get("image_token_id", 151655),
             "video_token": config.get("video_token_id", 151656),
         },
-    }
-
-
-def _said(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the keys that are null: those count as absent."""
-    return {key: value for key, value in section.items() if value is not None}
-
-
-def _model_section(text: Mapping[str, Any], tied: bool) -> dict[str, Any]:
-    return {
-        "num_layers": text["num_hidden_layers"],
-        "hidden_size": text["hidden_size"],
-        "ffn_hidden_size": text["intermediate_size"],
-        "num_attention_heads": text["num_attention_heads"],
-        "num_query_groups": text["num_key_value_heads"],
-        "tie_embeddings": tied,
-        "normalization": "RMSNorm",
-        "activation": "swiglu",
-        "linear_bias": False,
-        "qkv_bias": True,
-        "norm_eps": float(text["rms_norm_eps"]),
-        "rope_theta": float(text["rope_theta"]),
-        "mrope_section": list(text["mrope_section"]),
     }
 
 
@@ -110,9 +96,7 @@ def _vision_section(vision: Mapping[str, Any]) -> dict[str, Any]:
 
 def _whole_model(config: Mapping[str, Any], text: Mapping[str, Any], rope: Mapping[str, Any]) -> list[str]:
     """`mrope` and `default` are the same here: sections of the head's frequencies, unscaled."""
-    refused = []
-    if config.get("quantization_config"):
-        refused.append("quantization_config: quantized weights; give the directory of the original ones")
+    refused = weights_problems(config)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "mrope"):
         refused.append(f"rope scaling {kind!r} (allowed: default, mrope)")
@@ -125,24 +109,10 @@ def _whole_model(config: Mapping[str, Any], text: Mapping[str, Any], rope: Mappi
 
 
 def _language(text: Mapping[str, Any]) -> list[str]:
-    refused = []
-    if text.get("hidden_act", "silu") != "silu":
-        refused.append(f"hidden_act {text['hidden_act']!r} of the language model (allowed: silu)")
-    if text.get("attention_dropout", 0.0):
-        refused.append(f"attention_dropout {text['attention_dropout']} (allowed: 0)")
+    refused = language_problems(text)
     if text.get("head_dim", 0) not in (0, text["hidden_size"] // text["num_attention_heads"]):
         refused.append(f"head_dim {text['head_dim']} (allowed: hidden_size / num_attention_heads)")
-    if _slides(text):
-        refused.append("use_sliding_window (set it to false, or max_window_layers to the number of layers)")
     return refused
-
-
-def _slides(text: Mapping[str, Any]) -> bool:
-    """Does a layer attend through a sliding window? The published files give a window and switch it off."""
-    if "layer_types" in text:
-        return any(kind != "full_attention" for kind in text["layer_types"])
-    within = text.get("max_window_layers", 80) < text["num_hidden_layers"]
-    return bool(text.get("use_sliding_window") and text["sliding_window"] and within)
 
 
 def _vision(vision: Mapping[str, Any], text: Mapping[str, Any]) -> list[str]:

@@ -72,12 +72,12 @@ def save(
         target.mkdir(parents=True, exist_ok=True)
         files = file_names(pairs, holder)
         if pipeline_rank in files:
-            infos = {name: source.tensors[name] for one in parameters for name in _saved_names(pairs[one], source)}
+            infos = {name: source.tensors[name] for one in parameters for name in saved_names(pairs[one], source)}
             with write_safetensors(target / files[pipeline_rank], infos) as writer:
                 _each(parameters, pairs, place, source, writer)
         if pipeline_rank == EDGE_RANK:
-            _copy_others(source.path, target)
-            _write_index(target / INDEX, pairs, source, {name: files[holder(name)] for name in _saved(pairs)})
+            copy_others(source.path, target)
+            write_index(target / INDEX, pairs, source, {name: files[holder(name)] for name in _saved(pairs)})
     else:
         _each(parameters, pairs, place, source, None)
 
@@ -106,7 +106,7 @@ def _saved(pairs: Mapping[str, Pair]) -> list[str]:
     return [name for name, pair in pairs.items() if pair.tied_to is None]
 
 
-def _saved_names(pair: Pair, source: HuggingFaceDirectory) -> tuple[str, ...]:
+def saved_names(pair: Pair, source: HuggingFaceDirectory) -> tuple[str, ...]:
     """Of a pair's tensors, and of the copies that the source has."""
     return pair.names + tuple(copy for copy in pair.copies if copy in source.tensors)
 
@@ -124,7 +124,7 @@ def _each(
         parts = _gather(parameter.detach(), pair, place)
         if writer is None:
             continue
-        names = _saved_names(pair, source)
+        names = saved_names(pair, source)
         tensors = pair.unpack(parts, [DTYPES[source.tensors[one].dtype] for one in pair.names])
         tensors += [tensors[0].to(DTYPES[source.tensors[copy].dtype]) for copy in names[len(tensors) :]]
         for one, tensor in zip(names, tensors, strict=True):
@@ -146,7 +146,7 @@ def _gather(values: torch.Tensor, pair: Pair, place: TensorParallel) -> list[tor
     return [one.view(values.dtype) for one in received or ()]
 
 
-def _copy_others(source: Path, target: Path) -> None:
+def copy_others(source: Path, target: Path) -> None:
     """Everything of a model that is not its weights: config, tokenizer, processor, chat template."""
     for pattern in _COPIED:
         for path in source.glob(pattern):
@@ -156,8 +156,9 @@ def _copy_others(source: Path, target: Path) -> None:
                 os.replace(partial, target / path.name)
 
 
-def _write_index(path: Path, pairs: Mapping[str, Pair], source: HuggingFaceDirectory, files: Mapping[str, str]) -> None:
-    saved = {one: file for name, file in files.items() for one in _saved_names(pairs[name], source)}
+def write_index(path: Path, pairs: Mapping[str, Pair], source: HuggingFaceDirectory, files: Mapping[str, str]) -> None:
+    """`files`: Megatron's name of each parameter that is saved -> its file."""
+    saved = {one: file for name, file in files.items() for one in saved_names(pairs[name], source)}
     infos: list[TensorInfo] = [source.tensors[name] for name in saved]
     content = {
         "metadata": {"total_size": sum(info.num_bytes for info in infos)},

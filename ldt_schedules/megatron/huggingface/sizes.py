@@ -95,7 +95,7 @@ class Sizes:
         return cls(
             **{key: model[key] for key in shared},
             num_query_groups=model["num_query_groups"],
-            head_dim=model["hidden_size"] // model["num_attention_heads"],
+            head_dim=model.get("head_dim") or model["hidden_size"] // model["num_attention_heads"],
             vocab_size=vocab_size,
             padded_vocab_size=vocab_size if padded_vocab_size is None else padded_vocab_size,
             tied=model["tie_embeddings"],

@@ -12,9 +12,9 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 
 from ldt_schedules.megatron.chunks import NamedPart, StageChunks, narrowed_stage, unwrapped
-from ldt_schedules.megatron.vision_language.description import Split, VisionLanguageModel, freeze
-from ldt_schedules.megatron.vision_language.stages import JoiningStage, UnsplitVisionLanguageModel, build_stage
-from ldt_schedules.topology import Place, Site
+from ldt_schedules.megatron.vision_language.description import VisionLanguageModel, freeze
+from ldt_schedules.megatron.vision_language.stages import JoiningStage, build_stage
+from ldt_schedules.planning.lap_layers import LapLayers
 
 
 class VisionLanguageChunks(StageChunks):
@@ -33,35 +33,31 @@ class VisionLanguageChunks(StageChunks):
     def stage_modules(self) -> dict[int, torch.nn.Module]:
         return {int(number): stage for number, stage in self.stages.items()}
 
+    def named_chunks(self) -> Iterator[tuple[str, Any]]:
+        return ((f"stages.{number}", stage) for number, stage in self.stages.items())
+
     def named_parts(self) -> Iterator[NamedPart]:
         for stage in self.stages.values():
             yield from unwrapped(stage).named_parts()
 
 
 def build_vision_language(
-    model: VisionLanguageModel, split: Split | None, place: Place, frozen: Sequence[str] = ()
+    model: VisionLanguageModel, layers: LapLayers, stages: Sequence[int], frozen: Sequence[str] = ()
 ) -> MegatronModule:
     """The module of this process, not yet wrapped in DistributedDataParallel.
 
     Args:
-        split: layers of each stage; None: the edge is alone and holds the whole model.
+        stages: those that stand on this process's pipeline rank, as the layout has it.
         frozen: parts that are not trained, see `description.freeze`.
 
     Raises:
         ConfigError: an unknown part.
     """
-    config = model.language
-    if split is None:
-        whole = UnsplitVisionLanguageModel(model)
-        freeze(whole, frozen)
-        return narrowed_stage(config, whole, first=True, last=True)
-    mine = range(place.stage, split.num_stages, split.num_ranks)
-    stages = {stage: build_stage(model, split, stage) for stage in mine}
-    if model.tied and place.site is Site.EDGE:
-        embedding = stages[split.num_ranks].language.embedding.word_embeddings
-        stages[split.num_stages - 1].language.output_layer.weight = embedding.weight
-    for stage in stages.values():
+    config, joining, last = model.language, layers.joining_stage, layers.num_stages - 1
+    built = {stage: build_stage(model, layers, stage) for stage in stages}
+    if model.tied and joining in built and last != joining:
+        built[last].language.output_layer.weight = built[joining].language.embedding.word_embeddings.weight
+    for stage in built.values():
         freeze(stage, frozen)
-    last = split.num_stages - 1
-    narrow = {n: narrowed_stage(config, one, first=n == 0, last=n == last) for n, one in stages.items()}
-    return VisionLanguageChunks(config, narrow)
+    narrow = {n: narrowed_stage(config, one, first=n == 0, last=n == last) for n, one in built.items()}
+    return VisionLanguageChunks(config, narrow) if last else narrow[last]

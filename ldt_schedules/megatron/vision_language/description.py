@@ -1,14 +1,15 @@
-"""What a vision-language model is, how it is cut, which parts learn; and what a split one cannot do."""
+"""What a vision-language model is, and which parts of it learn."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ldt_schedules.errors import ConfigError
+from ldt_schedules.megatron.vision_language import limits
 from ldt_schedules.megatron.vision_language.vision import VisionConfig
 
 PARTS = ("vit", "projector", "language")
@@ -39,82 +40,43 @@ class VisionLanguageModel:
         check_vision_language(self)
 
 
-@dataclass(frozen=True)
-class Split:
-    """Layers of the stages of a U of P ranks that is walked twice.
-
-    Attributes:
-        vision_layers: ViT layers of the stages 0..P.
-        language_layers: language layers of the stages P..2P.
-    """
-
-    vision_layers: tuple[int, ...]
-    language_layers: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        vision, language = len(self.vision_layers), len(self.language_layers)
-        if vision != language or vision < 2 or min(*self.vision_layers, *self.language_layers) < 0:
-            raise ConfigError(
-                f"layers {list(self.vision_layers)} of the ViT and {list(self.language_layers)} of the language model: each "
-                "list needs one number, 0 or more, for each of the P + 1 stages of its lap"
-            )
-
-    @property
-    def num_ranks(self) -> int:
-        return len(self.vision_layers) - 1
-
-    @property
-    def num_stages(self) -> int:
-        return 2 * self.num_ranks + 1
-
-
 def check_vision_language(model: VisionLanguageModel) -> None:
     """Raises ConfigError for what the stages cannot do."""
-    vision, language = model.vision, model.language
-    _check_parallel(vision, language)
-    section = list(language.mrope_section or [])
-    if len(section) != 3 or 2 * sum(section) != language.kv_channels:
-        raise ConfigError(
-            f"mrope_section {section} must be three numbers (time, height, width) that sum to half of the width of a head, "
-            f"{language.kv_channels // 2}"
-        )
-    if vision.kv_channels % 4:
-        raise ConfigError(
-            f"vision heads of width {vision.kv_channels} cannot turn with row and column; vision.hidden_size / "
-            "vision.num_attention_heads must be a multiple of 4"
-        )
-    if vision.window_tokens < 1:
-        raise ConfigError("vision.window_size must be at least patch_size x merge_size pixels")
-    if vision.output_size != language.hidden_size:
-        raise ConfigError(
-            f"the projector gives {vision.output_size} numbers, the language model takes {language.hidden_size}"
-        )
-    if any(not 0 <= number < vision.num_layers for number in vision.full_attention_layers):
-        raise ConfigError(
-            f"vision.full_attention_layers {list(vision.full_attention_layers)} names a layer that is not there; "
-            f"{vision.num_layers} layers are numbered from 0"
-        )
+    problems = [*_limits_of(model.vision, model.language), *_joining_problems(model)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _limits_of(vision: VisionConfig, language: Any) -> Iterator[str]:
+    yield from limits.vision_problems(
+        num_layers=vision.num_layers,
+        hidden_size=vision.hidden_size,
+        num_attention_heads=vision.num_attention_heads,
+        full_attention_layers=vision.full_attention_layers,
+        window_tokens=vision.window_tokens,
+    )
+    yield from limits.mrope_problems(language.mrope_section, language.kv_channels)
+    towers, divided = {"vision": vision, "model": language}, ("num_attention_heads", "num_query_groups")
+    yield from limits.parallel_problems(
+        "",
+        tensor=language.tensor_model_parallel_size,  # `vision_config` takes the sizes of the groups from the language model
+        sequence_parallel=language.sequence_parallel,
+        context=language.context_parallel_size,
+        divided={f"{name}.{key}": getattr(tower, key) for name, tower in towers.items() for key in divided},
+    )
+
+
+def _joining_problems(model: VisionLanguageModel) -> Iterator[str]:
+    """Where the two towers meet."""
+    gives, takes = model.vision.output_size, model.language.hidden_size
+    if gives != takes:
+        yield f"the projector gives {gives} numbers, the language model takes {takes}"
     tokens = (model.image_token, model.video_token)
     if tokens[0] == tokens[1] or not all(0 <= token < model.vocab_size for token in tokens):
-        raise ConfigError(
+        yield (
             f"image_token {tokens[0]} and video_token {tokens[1]} must be two different ids below the vocabulary's "
             f"{model.vocab_size} rows"
         )
-
-
-def _check_parallel(vision: VisionConfig, language: Any) -> None:
-    if vision.sequence_parallel or language.sequence_parallel:
-        raise ConfigError(
-            "sequence parallelism cuts a sequence in equal parts; patches come in any number, and the edge puts features "
-            "into a whole sequence. Turn it off for both sites of a vision-language model"
-        )
-    if vision.context_parallel_size > 1 or language.context_parallel_size > 1:
-        raise ConfigError("a vision-language model cannot run with context parallelism; set it to 1")
-    for name, config in (("vision", vision), ("model", language)):
-        size = config.tensor_model_parallel_size
-        for what in ("num_attention_heads", "num_query_groups"):
-            if getattr(config, what) % size:
-                raise ConfigError(f"{name}.{what} {getattr(config, what)} is no multiple of tensor_parallel, {size}")
 
 
 def freeze(module: torch.nn.Module, parts: Sequence[str]) -> None:

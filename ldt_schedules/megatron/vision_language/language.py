@@ -7,7 +7,7 @@ from typing import Any
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from ldt_schedules.megatron.layer_span import LayerSpan, span_of
-from ldt_schedules.megatron.vision_language.attention import SegmentAttention
+from ldt_schedules.megatron.segment_attention import SegmentAttention
 from ldt_schedules.megatron.vision_language.layers import block_of
 
 

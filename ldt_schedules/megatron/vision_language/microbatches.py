@@ -14,17 +14,14 @@ from __future__ import annotations
 
 import base64
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 
+from ldt_schedules.megatron.segments import numbered, segment_lengths
 from ldt_schedules.runtime.microbatch_format import Told
 
 Batch = dict[str, torch.Tensor]
-Run = Sequence[int]
-"""A number, and how often it stands there in a row."""
 
 
 def packed_positions(position_ids: torch.Tensor) -> str:
@@ -37,16 +34,6 @@ def positions_of(packed: str, batch: int, sequence: int) -> torch.Tensor:
     """`[3, b, s]` int64, what `packed_positions` was given."""
     raw = bytearray(zlib.decompress(base64.b64decode(packed)))
     return torch.frombuffer(raw, dtype=torch.int32).to(torch.int64).reshape(3, batch, sequence)
-
-
-def runs(rows: torch.Tensor) -> list[list[Run]]:
-    """The runs of equal numbers in each row of `[b, s]`."""
-    return [[[value, len(list(run))] for value, run in groupby(row)] for row in rows.tolist()]
-
-
-def from_runs(rows: Sequence[Sequence[Run]]) -> torch.Tensor:
-    """`[b, s]` int64, what `runs` was given."""
-    return torch.tensor([[value for value, length in row for _ in range(length)] for row in rows], dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -67,12 +54,12 @@ class VisionLanguageMicrobatches:
     def told(self, batch: Batch) -> Told:
         return {
             "grids": batch["grids"].tolist(),
-            "segments": [[length for _, length in row] for row in runs(batch["segments"])],
+            "segments": segment_lengths(batch["segments"]),
             "positions": packed_positions(batch["position_ids"]),
         }
 
     def in_the_cloud(self, told: Told) -> Batch:
-        segments = from_runs([list(enumerate(lengths)) for lengths in told["segments"]])
+        segments = numbered(told["segments"])
         batch = {
             "grids": torch.tensor(told["grids"], dtype=torch.int64).reshape(-1, 3),
             "segments": segments,

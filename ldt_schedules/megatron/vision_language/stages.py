@@ -19,9 +19,10 @@ from megatron.core.transformer.module import MegatronModule
 
 from ldt_schedules.megatron.layer_span import LayerSpan, config_with_span, span_of, spans
 from ldt_schedules.megatron.modalities import in_their_places
-from ldt_schedules.megatron.vision_language.description import Split, VisionLanguageModel
+from ldt_schedules.megatron.vision_language.description import VisionLanguageModel
 from ldt_schedules.megatron.vision_language.language import language_chunk
 from ldt_schedules.megatron.vision_language.vision import VisionChunk
+from ldt_schedules.planning.lap_layers import LapLayers
 
 Microbatch = Mapping[str, torch.Tensor]
 
@@ -60,7 +61,8 @@ class VisionStage(_Stage):
 
     def forward(self, microbatch: Microbatch) -> torch.Tensor:
         """`[patches, 1, h_vision]`."""
-        return _backward_passes(self.vision(microbatch["grids"], microbatch.get("pixel_values")))
+        output: torch.Tensor = self.vision(microbatch["grids"], microbatch.get("pixel_values"))
+        return output
 
 
 class JoiningStage(_Stage):
@@ -97,7 +99,7 @@ class JoiningStage(_Stage):
         # Images and videos come in the order of the text, so their placeholders are one kind.
         places = input_ids.masked_fill(input_ids == self.video_token, self.image_token)
         joined = in_their_places(embedded, places, {"images": features}, {"images": self.image_token})
-        return _backward_passes(_through(self.language, microbatch, input_ids=input_ids, decoder_input=joined))
+        return _through(self.language, microbatch, input_ids=input_ids, decoder_input=joined)
 
 
 class LanguageStage(_Stage):
@@ -128,14 +130,16 @@ class UnsplitVisionLanguageModel(JoiningStage):
         """The model is whole: it has no input but the microbatch."""
 
 
-def build_stage(model: VisionLanguageModel, split: Split, stage: int) -> _Stage:
-    """Stage `stage` of `2 P + 1`, in the dtype of the model, not yet wrapped."""
-    joining = split.num_ranks
-    vision, language = spans(split.vision_layers), spans(split.language_layers)
+def build_stage(model: VisionLanguageModel, layers: LapLayers, stage: int) -> _Stage:
+    """Stage `stage` of `2 P + 1`, or all of an edge that is alone; in the dtype of the model, not yet wrapped."""
+    joining = layers.joining_stage
+    vision, language = spans(layers.vit), spans(layers.llm)
+    if layers.num_stages == 1:
+        return UnsplitVisionLanguageModel(model)
     if stage < joining:
         return VisionStage(model, vision[stage], first=stage == 0)
     if stage > joining:
-        return LanguageStage(model, language[stage - joining], last=stage == split.num_stages - 1)
+        return LanguageStage(model, language[stage - joining], last=stage == layers.num_stages - 1)
     return JoiningStage(model, vision[-1], language[0])
 
 
@@ -175,13 +179,3 @@ def _single(input_tensor: Any) -> Any:
 def _offset(config: Any) -> int:
     span = span_of(config)
     return 0 if span is None else span.offset
-
-
-def _backward_passes(output: torch.Tensor) -> torch.Tensor:
-    """`output`, with something behind it where all weights that made it are frozen.
-
-    A schedule runs the backward of every stage, and autograd refuses an output that came from nothing that learns.
-    """
-    if output.requires_grad or not torch.is_grad_enabled():
-        return output
-    return output + output.new_zeros(()).requires_grad_()

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import numpy as np
 
 from ldt_schedules.errors import ConfigError
-from ldt_schedules.training.data import Split, sample_index
+from ldt_schedules.training.chat.samples import Sample, read_samples
+from ldt_schedules.training.chat.writing import VisionIds
+from ldt_schedules.training.data import Split, sample_index, validation_share
 from ldt_schedules.training.image_text.charts import default_charts
-from ldt_schedules.training.image_text.chat import VisionIds
 from ldt_schedules.training.image_text.dealing import encoder_dp_balance, given_order
 from ldt_schedules.training.image_text.preparing import BadSample, Prepared, Preparing
-from ldt_schedules.training.image_text.samples import Sample, read_samples
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +100,7 @@ def open_image_text(
         ConfigError: no file, a line that is no sample, or too few samples; matplotlib is needed for charts.
     """
     samples = read_samples(default_charts(charts_folder) if path is None else path)
-    validation = max(1, round(len(samples) * validation_fraction)) if validation_fraction > 0 else 0
+    validation = validation_share(len(samples), validation_fraction)
     if len(samples) - validation < 1:
         raise ConfigError(
             f"data.path {path} has {len(samples)} sample, of which data.validation_fraction {validation_fraction} keeps "

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from ldt_schedules.errors import ConfigError
-from ldt_schedules.training.image_text.samples import Image, Video
+from ldt_schedules.megatron.vision_language.limits import pixel_problems
+from ldt_schedules.training.chat.samples import Image, Video
 from ldt_schedules.training.tokenizer import HF_EXTRA
 
 Grid = tuple[int, int, int]
@@ -53,13 +54,8 @@ class Pixels:
     max_pixels: int = 1280 * 28 * 28
 
     def __post_init__(self) -> None:
-        one_token = (self.patch * self.merge) ** 2
-        if not one_token <= self.max_pixels or not 0 < self.min_pixels <= self.max_pixels:
-            raise ConfigError(
-                f"vision.min_pixels {self.min_pixels} and vision.max_pixels {self.max_pixels}: 0 < min_pixels <= "
-                f"max_pixels and {one_token} <= max_pixels (one token: vision.patch_size {self.patch} x "
-                f"vision.merge_size {self.merge}, squared) is needed"
-            )
+        for problem in pixel_problems(self.min_pixels, self.max_pixels, self.patch, self.merge):
+            raise ConfigError(problem)
 
     @property
     def width(self) -> int:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ldt_schedules.errors import ConfigError
-from ldt_schedules.training.image_text.chat import Chat, ChatError, Written
+from ldt_schedules.training.chat.samples import Sample, Video
+from ldt_schedules.training.chat.writing import Chat, ChatError, Written
 from ldt_schedules.training.image_text.pixels import Grid, PictureError, Pixels
-from ldt_schedules.training.image_text.samples import Sample, Video
 
 
 class BadSample(ConfigError):

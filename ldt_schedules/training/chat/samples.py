@@ -1,4 +1,4 @@
-"""Conversations with images, as users write them: a JSONL file, one sample a line.
+"""Conversations, as users write them: a JSONL file, one sample a line.
 
     {"messages": [
         {"role": "user", "content": [{"type": "image", "image": "charts/3.png"},
@@ -6,15 +6,16 @@
         {"role": "assistant", "content": "March"}]}
 
 It is the form of the `transformers` chat templates. Content may be a plain string; a video is given by its frames,
-`{"type": "video", "video": ["0.png", "1.png"], "fps": 2}`. Paths are relative to the file that names them. Everything
-but the pictures' pixels is checked when the file is read, so that a mistake in line 40000 is told before the first step.
+`{"type": "video", "video": ["0.png", "1.png"], "fps": 2}`. Paths are relative to the file that names them. Other keys
+beside `messages` (an id, a source) are the user's own. Everything but the pictures' pixels is checked when the file is
+read, so that a mistake in line 40000 is told before the first step.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from ldt_schedules.errors import ConfigError
 from ldt_schedules.training.corpus import check_readable, is_jsonl
 
 ROLES = ("system", "user", "assistant")
+_CHANGE_THE_TEXT = ("tools", "documents", "chat_template_kwargs")
+"""Keys of a line with which a chat template writes another text; passing over them would train on another prompt."""
 DEFAULT_FPS = 2.0
 """Frames a second of a video that does not say; the rate at which Qwen2.5-VL samples videos."""
 
@@ -72,8 +75,14 @@ class Sample:
         return tuple(part for message in self.messages for part in message.vision)
 
 
-def read_samples(path: str | Path) -> tuple[Sample, ...]:
+def read_samples(
+    path: str | Path, *, pictures: bool = True, bad: Callable[[ConfigError], None] | None = None
+) -> tuple[Sample, ...]:
     """Every sample of a JSONL file; blank lines are passed over.
+
+    Args:
+        pictures: messages may have images and videos.
+        bad: told of each line that is no sample, which is then passed over; None: it is raised.
 
     Raises:
         ConfigError: no such file, or a line that is no sample (with its number, what it says and what is allowed).
@@ -81,12 +90,19 @@ def read_samples(path: str | Path) -> tuple[Sample, ...]:
     file = Path(path)
     check_readable(file)
     if not is_jsonl(file):
-        raise ConfigError(f'data.path {file}: images need a .jsonl file with one {{"messages": [...]}} a line')
+        raise ConfigError(f'data.path {file}: conversations need a .jsonl file with one {{"messages": [...]}} a line')
+    samples: list[Sample] = []
     with file.open("rb") as stream:
-        samples = tuple(_Reader(file, number).sample(raw) for number, raw in enumerate(stream, 1) if raw.strip())
+        for number, raw in enumerate(stream, 1):
+            try:
+                samples += [_Reader(file, number, pictures).sample(raw)] if raw.strip() else []
+            except ConfigError as error:
+                if bad is None:
+                    raise
+                bad(error)
     if not samples:
         raise ConfigError(f"data.path {file} holds no sample; give one a line")
-    return samples
+    return tuple(samples)
 
 
 @dataclass(frozen=True)
@@ -95,6 +111,7 @@ class _Reader:
 
     file: Path
     line: int
+    pictures: bool
 
     def sample(self, raw: bytes) -> Sample:
         try:
@@ -103,12 +120,20 @@ class _Reader:
             raise self._wrong("not UTF-8", "one JSON object a line is needed") from None
         except (ValueError, RecursionError) as error:
             raise self._wrong(f"not JSON ({error})", "one JSON object a line is needed") from None
-        messages = self._object("the line", entry, required=("messages",))["messages"]
+        messages = self._messages_of(entry)
         if not isinstance(messages, list) or not messages:
             raise self._wrong(f"messages is {_kind(messages)}", "a list with at least one message is needed")
         sample = Sample(tuple(self._messages(messages)), self.file, self.line)
         self._check_turns(sample.messages)
         return sample
+
+    def _messages_of(self, entry: Any) -> Any:
+        if isinstance(entry, dict):
+            changing = [key for key in _CHANGE_THE_TEXT if entry.get(key)]
+            if changing:
+                raise self._wrong(f"the line has the key {changing[0]!r}", "conversations with it are not served")
+            entry = {key: value for key, value in entry.items() if key == "messages"}
+        return self._object("the line", entry, required=("messages",))["messages"]
 
     def _messages(self, entries: list[Any]) -> Iterator[Message]:
         for index, entry in enumerate(entries):
@@ -149,6 +174,8 @@ class _Reader:
             if any("\ud800" <= character <= "\udfff" for character in text):
                 raise self._wrong(f"{where}.text has half a surrogate pair", "whole Unicode characters are needed")
             return text
+        if kind in ("image", "video") and not self.pictures:
+            raise self._wrong(f"{where}.type is {kind!r}", "without vision.num_layers a model reads text alone")
         if kind == "image":
             entry = self._object(where, entry, required=("type", "image"))
             return Image(self._picture(f"{where}.image", entry["image"]))
