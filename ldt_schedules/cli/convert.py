@@ -15,8 +15,8 @@ from ldt_schedules.errors import ConfigError
 from ldt_schedules.topology import Site
 
 if TYPE_CHECKING:
-    from ldt_schedules.megatron.checkpoints.assembling import Converted, Progress
-    from ldt_schedules.megatron.checkpoints.splitting import HolderOf
+    from ldt_schedules.megatron.converting.assembling import Converted, Progress
+    from ldt_schedules.megatron.converting.splitting import HolderOf
     from ldt_schedules.megatron.huggingface.saving import Holder
 
 app = typer.Typer(
@@ -79,9 +79,9 @@ def merge(
 
     Then: torchrun ... pretrain_gpt.py --load merged --ckpt-format torch_dist --no-load-rng ...
     """
-    from ldt_schedules.megatron.checkpoints import merging
+    from ldt_schedules.megatron.converting import merging
 
-    with _at_work(json_output) as progress:
+    with _at_work() as progress:
         done = merging.merge(edge, cloud, out, progress, weights_only)
     _report(done, json_output)
 
@@ -104,11 +104,11 @@ def split(
 
     Example: ldt convert split Qwen3-8B --site edge --config run.yaml mine
     """
-    from ldt_schedules.megatron.checkpoints import huggingface_splitting, splitting
+    from ldt_schedules.megatron.converting import huggingface_splitting, splitting
     from ldt_schedules.megatron.huggingface.directory import CONFIG
 
     holder_of = _holder_of(layers, config)
-    with _at_work(json_output) as progress:
+    with _at_work() as progress:
         if (source / CONFIG).is_file():
             done = huggingface_splitting.split_directory(source, site, holder_of, out, progress)
         else:
@@ -122,9 +122,9 @@ def from_hf(directory: _Directory, out: _Out, json_output: _Json = False) -> Non
 
     Example: ldt convert from-hf Qwen3-8B qwen3-8b-megatron
     """
-    from ldt_schedules.megatron.checkpoints.from_huggingface import from_huggingface
+    from ldt_schedules.megatron.converting.from_huggingface import from_huggingface
 
-    with _at_work(json_output) as progress:
+    with _at_work() as progress:
         done = from_huggingface(directory, out, progress)
     _report(done, json_output)
 
@@ -135,19 +135,19 @@ def to_hf(paths: _Checkpoints, like: _Like, json_output: _Json = False) -> None:
 
     Example: ldt convert to-hf checkpoints/edge checkpoints/cloud trained --like Qwen3-8B
     """
-    from ldt_schedules.megatron.checkpoints.to_huggingface import to_huggingface
+    from ldt_schedules.megatron.converting.to_huggingface import to_huggingface
 
     if not 2 <= len(paths) <= 3:
         raise ConfigError(
             f"to-hf takes one checkpoint, or the edge's and the cloud's, and OUT; {len(paths)} paths are given"
         )
-    with _at_work(json_output) as progress:
+    with _at_work() as progress:
         done = to_huggingface(paths[:-1], paths[-1], like, progress)
     _report(done, json_output)
 
 
 @contextmanager
-def _at_work(quiet: bool) -> Iterator[Progress]:
+def _at_work() -> Iterator[Progress]:
     """A progress bar beside the result, where there is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -162,7 +162,7 @@ def _at_work(quiet: bool) -> Iterator[Progress]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*shown, console=console, disable=quiet or not console.is_terminal, transient=True) as bar:
+    with Progress(*shown, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("reading what is there", total=None)
 
         def progress(done: int, total: int) -> None:

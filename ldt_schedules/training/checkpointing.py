@@ -177,7 +177,8 @@ def _resumed(config: TrainConfig, place: Place, iteration: int, new_run: str) ->
         raise ConfigError(f"{path} is of another model than the config's:\n  " + "\n  ".join(other_model))
     if config.train.iterations <= iteration:
         raise ConfigError(
-            f"{path} is the checkpoint after step {iteration}, and train.iterations is {config.train.iterations}; raise it to go on"
+            f"{path} is the checkpoint after step {iteration}, and train.iterations is {config.train.iterations}; raise it to "
+            "go on"
         )
     notes = [f"goes on after step {iteration} of {path}", *(f"otherwise than before: {line}" for line in changed)]
     return Start(new_run, iteration, manifest.consumed_samples, path, True, tuple(notes))

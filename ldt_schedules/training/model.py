@@ -17,6 +17,7 @@ import torch.nn.functional as functional
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ldt_schedules.errors import ConfigError
@@ -133,6 +134,28 @@ def _gpt(
     return gpt.double() if model.precision == "fp64" else gpt
 
 
+def build_module(
+    config: TrainConfig,
+    whole: TransformerConfig,
+    place: Place,
+    vocabulary: Vocabulary,
+    modalities: Sequence[Modality] = (),
+    first_weights: bool = True,
+) -> MegatronModule:
+    """The chunks of this process, not yet wrapped. `whole` is the whole model's config here; for the others see `build`."""
+    if config.has_vision:
+        module = vision_language_module(config, whole, place, vocabulary)
+    else:
+        provider = partial(_gpt, train=config, vocab_size=vocabulary.rows)
+        tied = config.model.tie_embeddings
+        module = build_chunks(whole, config.layer_split, place, provider, tied, modalities=modalities)
+    if first_weights and config.model.hf is None:
+        initialize_by_name(module, whole, config.train.seed)
+    elif first_weights:
+        load_weights(config, module, place, vocabulary.rows)
+    return module
+
+
 def build(
     config: TrainConfig,
     topology: Topology,
@@ -153,16 +176,7 @@ def build(
         ConfigError: `model.megatron` names a field that TransformerConfig does not have.
     """
     whole = transformer_config(config, topology, place.site)
-    if config.has_vision:
-        module = vision_language_module(config, whole, place, vocabulary)
-    else:
-        provider = partial(_gpt, train=config, vocab_size=vocabulary.rows)
-        tied = config.model.tie_embeddings
-        module = build_chunks(whole, config.layer_split, place, provider, tied, modalities=modalities)
-    if first_weights and config.model.hf is None:
-        initialize_by_name(module, whole, config.train.seed)
-    elif first_weights:
-        load_weights(config, module, place, vocabulary.rows)
+    module = build_module(config, whole, place, vocabulary, modalities, first_weights)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "Apex is not installed" and the like: said once by Megatron's import
         if ddp_config is None:

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from ldt_schedules.cli.app import app
 from ldt_schedules.errors import ConfigError
-from ldt_schedules.megatron.checkpoints.parts import parts_of
 from ldt_schedules.megatron.checkpoints.torch_dist import open_checkpoint
 from ldt_schedules.megatron.checkpoints.torch_dist_writer import ChunkWriter, write_common, write_index
+from ldt_schedules.megatron.converting.parts import parts_of
 from ldt_schedules.planning.errors import ScheduleError
 from tests.helpers.cli import ldt
 

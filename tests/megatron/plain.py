@@ -176,6 +176,11 @@ def _built(one: Run) -> _Trained:
     held = len(gpt.decoder.layers)
     with building(LayerSpan(gpt.decoder.layers[0].layer_number - 1, held)):
         initialize_by_name(gpt, whole, config.train.seed)
+    if config.model.tie_embeddings and one.pipeline > 1 and (first or last):
+        # The last stage's copy was drawn under a name of its own.
+        group = parallel_state.get_embedding_group()
+        weight = gpt.shared_embedding_or_output_weight().data
+        torch.distributed.broadcast(weight, torch.distributed.get_global_rank(group, 0), group)
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
     wrapped = gpt if config.model.precision == "fp32" else Float16Module(whole, gpt)
     ddp = DistributedDataParallel(config=whole, ddp_config=ddp_config, module=wrapped)
@@ -304,6 +309,8 @@ def _whole_weights(gpt: Any) -> Any:
     group = parallel_state.get_tensor_model_parallel_group()
     with building(LayerSpan(gpt.decoder.layers[0].layer_number - 1, len(gpt.decoder.layers))):
         named = list(global_parameters(gpt))
+    if gpt.share_embeddings_and_output_weights:
+        named = [(name, parameter) for name, parameter in named if name != "output_layer.weight"]
     for name, parameter in named:
         parts = [parameter.detach()]
         if parallel_state.get_tensor_model_parallel_world_size() > 1:

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from ldt_schedules.errors import ConfigError
-from ldt_schedules.megatron.checkpoints.from_huggingface import from_huggingface
-from ldt_schedules.megatron.checkpoints.huggingface_splitting import split_directory
-from ldt_schedules.megatron.checkpoints.splitting import split
-from ldt_schedules.megatron.checkpoints.to_huggingface import to_huggingface
 from ldt_schedules.megatron.checkpoints.torch_dist import open_checkpoint
+from ldt_schedules.megatron.converting.from_huggingface import from_huggingface
+from ldt_schedules.megatron.converting.huggingface_splitting import split_directory
+from ldt_schedules.megatron.converting.splitting import split
+from ldt_schedules.megatron.converting.to_huggingface import to_huggingface
 from ldt_schedules.megatron.huggingface.directory import open_directory
 from ldt_schedules.planning.lap_layers import LapLayers
 from ldt_schedules.planning.layout import Layout

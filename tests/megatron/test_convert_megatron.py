@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from ldt_schedules.megatron.checkpoints.merging import merge
-from ldt_schedules.megatron.checkpoints.parameter_keys import checkpoint_key
-from ldt_schedules.megatron.checkpoints.parts import parts_of, reading
-from ldt_schedules.megatron.checkpoints.splitting import split
-from ldt_schedules.megatron.checkpoints.step_paths import find_step
 from ldt_schedules.megatron.checkpoints.torch_dist import open_checkpoint
+from ldt_schedules.megatron.converting.merging import merge
+from ldt_schedules.megatron.converting.parameter_keys import checkpoint_key
+from ldt_schedules.megatron.converting.parts import parts_of, reading
+from ldt_schedules.megatron.converting.splitting import split
+from ldt_schedules.megatron.converting.step_paths import find_step
 from ldt_schedules.planning.layout import Layout
 from ldt_schedules.topology import Site
 from ldt_schedules.training.huggingface_model import holder

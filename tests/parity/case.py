@@ -235,10 +235,10 @@ def run_case(case: Case, place: Place) -> list[StepResult]:
     for name, value in case.everywhere + case.split_only:
         setattr(trained.config, name, value(trained) if callable(value) else value)
     with nullcontext() if case.mistake is None else case.mistake(trained, session.current()):
-        return [_one_step(case, place, trained, step) for step in range(case.steps)]
+        return [one_step(case, place, trained, step) for step in range(case.steps)]
 
 
-def _one_step(case: Case, place: Place, trained: Any, step: int) -> StepResult:
+def one_step(case: Case, place: Place, trained: Any, step: int) -> StepResult:
     from megatron.core.optimizer import clip_grads
 
     from ldt_schedules.megatron import session

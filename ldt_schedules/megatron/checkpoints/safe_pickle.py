@@ -42,7 +42,7 @@ _KEPT: dict[str, frozenset[str]] = {
     ),
     "torch.distributed.checkpoint.filesystem": frozenset({"_StorageInfo"}),
 }
-_REPLACED = ("torch.distributed.checkpoint.", "megatron.", "transformer_engine.", "pathlib")
+_REPLACED = ("torch.distributed.checkpoint.", "megatron.", "transformer_engine.", "pathlib", "signal")
 
 
 class Forbidden(pickle.UnpicklingError):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from ldt_schedules.megatron.checkpoints.assembling import Converted, Progress, Tensor, check_out, write_checkpoint
-from ldt_schedules.megatron.checkpoints.common_state import converted_state
-from ldt_schedules.megatron.checkpoints.parts import reading
-from ldt_schedules.megatron.checkpoints.sites import Model, open_sites
+from ldt_schedules.megatron.converting.assembling import Converted, Progress, Tensor, check_out, write_checkpoint
+from ldt_schedules.megatron.converting.common_state import converted_state
+from ldt_schedules.megatron.converting.parts import reading
+from ldt_schedules.megatron.converting.sites import Model, open_sites
 
 _NO_HEADS = (
     "the checkpoints do not say how many attention heads the model has, so Megatron-LM's script loads the result with "

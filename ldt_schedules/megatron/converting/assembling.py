@@ -17,9 +17,9 @@ import torch
 
 from ldt_schedules.errors import ConfigError
 from ldt_schedules.megatron.checkpoints.layer_keys import layer_key
-from ldt_schedules.megatron.checkpoints.parts import layer_counts, stacked_object_key
-from ldt_schedules.megatron.checkpoints.step_paths import directory_name, write_latest
 from ldt_schedules.megatron.checkpoints.torch_dist_writer import ChunkWriter, file_name, write_common, write_index
+from ldt_schedules.megatron.converting.parts import layer_counts, stacked_object_key
+from ldt_schedules.megatron.converting.step_paths import directory_name, write_latest
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that are written and those that are to be, of tensors."""

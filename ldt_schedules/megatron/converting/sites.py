@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ldt_schedules.errors import ConfigError
-from ldt_schedules.megatron.checkpoints.common_state import same_step
-from ldt_schedules.megatron.checkpoints.megatron_arguments import arguments_of_checkpoint, arguments_of_settings
-from ldt_schedules.megatron.checkpoints.parts import (
+from ldt_schedules.megatron.checkpoints.site_directory import MANIFEST, Manifest, problems_of, read_manifest
+from ldt_schedules.megatron.checkpoints.torch_dist import open_checkpoint
+from ldt_schedules.megatron.converting.common_state import same_step
+from ldt_schedules.megatron.converting.megatron_arguments import arguments_of_checkpoint, arguments_of_settings
+from ldt_schedules.megatron.converting.parts import (
     EMBEDDING,
     ObjectPart,
     Part,
@@ -22,9 +24,7 @@ from ldt_schedules.megatron.checkpoints.parts import (
     objects_of,
     parts_of,
 )
-from ldt_schedules.megatron.checkpoints.site_directory import MANIFEST, Manifest, problems_of, read_manifest
-from ldt_schedules.megatron.checkpoints.step_paths import Step, common_step, find_step
-from ldt_schedules.megatron.checkpoints.torch_dist import open_checkpoint
+from ldt_schedules.megatron.converting.step_paths import Step, common_step, find_step
 
 
 @dataclass(frozen=True)

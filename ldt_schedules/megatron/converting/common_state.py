@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ldt_schedules.errors import ConfigError
-from ldt_schedules.megatron.checkpoints.megatron_arguments import namespace
-from ldt_schedules.megatron.checkpoints.plain_values import plain_items
+from ldt_schedules.megatron.converting.megatron_arguments import namespace
+from ldt_schedules.megatron.converting.plain_values import plain_items
 from ldt_schedules.megatron.parameter_groups import union_of_groups
 
 _AS_THEY_WERE = ("iteration", "checkpoint_version", "num_floating_point_operations_so_far")

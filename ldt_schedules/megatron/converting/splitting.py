@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 
 from ldt_schedules.errors import ConfigError
-from ldt_schedules.megatron.checkpoints.assembling import Converted, Progress, Tensor, check_out, write_checkpoint
-from ldt_schedules.megatron.checkpoints.common_state import converted_state
-from ldt_schedules.megatron.checkpoints.parts import layers_among, parameter_key, reading
-from ldt_schedules.megatron.checkpoints.sites import open_model
+from ldt_schedules.megatron.converting.assembling import Converted, Progress, Tensor, check_out, write_checkpoint
+from ldt_schedules.megatron.converting.common_state import converted_state
+from ldt_schedules.megatron.converting.parts import layers_among, parameter_key, reading
+from ldt_schedules.megatron.converting.sites import open_model
 from ldt_schedules.megatron.huggingface.saving import EDGE_RANK, Holder
 from ldt_schedules.topology import Site
 

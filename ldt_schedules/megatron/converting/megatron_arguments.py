@@ -15,7 +15,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
-from ldt_schedules.megatron.checkpoints.plain_values import is_plain
+from ldt_schedules.megatron.converting.plain_values import is_plain
 
 KEPT = frozenset(
     {"num_layers", "hidden_size", "ffn_hidden_size", "seq_length", "num_attention_heads", "num_query_groups"}

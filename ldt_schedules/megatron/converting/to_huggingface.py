@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from ldt_schedules.errors import ConfigError
-from ldt_schedules.megatron.checkpoints.assembling import Converted, Progress, appearing, check_out
-from ldt_schedules.megatron.checkpoints.parameter_keys import checkpoint_key
-from ldt_schedules.megatron.checkpoints.parts import EMBEDDING, Part, PartReader, listed, reading
-from ldt_schedules.megatron.checkpoints.sites import open_model, open_sites
 from ldt_schedules.megatron.checkpoints.torch_dist_writer import disk_errors
+from ldt_schedules.megatron.converting.assembling import Converted, Progress, appearing, check_out
+from ldt_schedules.megatron.converting.parameter_keys import checkpoint_key
+from ldt_schedules.megatron.converting.parts import EMBEDDING, Part, PartReader, listed, reading
+from ldt_schedules.megatron.converting.sites import open_model, open_sites
 from ldt_schedules.megatron.huggingface.directory import INDEX, HuggingFaceDirectory, open_directory
 from ldt_schedules.megatron.huggingface.mapping import Pair
 from ldt_schedules.megatron.huggingface.safetensors_file import DTYPES, TensorWriter, write_safetensors

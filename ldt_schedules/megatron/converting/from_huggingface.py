@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ldt_schedules.megatron.checkpoints.assembling import (
+from ldt_schedules.megatron.converting.assembling import (
     NO_STATE,
     Converted,
     Progress,
@@ -15,9 +15,9 @@ from ldt_schedules.megatron.checkpoints.assembling import (
     check_out,
     write_checkpoint,
 )
-from ldt_schedules.megatron.checkpoints.common_state import converted_state
-from ldt_schedules.megatron.checkpoints.megatron_arguments import arguments_of_settings
-from ldt_schedules.megatron.checkpoints.parameter_keys import checkpoint_key, stateless_objects
+from ldt_schedules.megatron.converting.common_state import converted_state
+from ldt_schedules.megatron.converting.megatron_arguments import arguments_of_settings
+from ldt_schedules.megatron.converting.parameter_keys import checkpoint_key, stateless_objects
 from ldt_schedules.megatron.huggingface.directory import HuggingFaceDirectory, open_directory
 from ldt_schedules.megatron.huggingface.loading import check_copies
 from ldt_schedules.megatron.huggingface.mapping import Pair, Read

@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ldt_schedules.errors import ConfigError
-from ldt_schedules.megatron.checkpoints.assembling import Converted, Progress, appearing, check_out
-from ldt_schedules.megatron.checkpoints.parts import layers_among
-from ldt_schedules.megatron.checkpoints.splitting import HolderOf, holds
 from ldt_schedules.megatron.checkpoints.torch_dist_writer import disk_errors
+from ldt_schedules.megatron.converting.assembling import Converted, Progress, appearing, check_out
+from ldt_schedules.megatron.converting.parts import layers_among
+from ldt_schedules.megatron.converting.splitting import HolderOf, holds
 from ldt_schedules.megatron.huggingface.directory import CONFIG, INDEX, HuggingFaceDirectory, open_directory
 from ldt_schedules.megatron.huggingface.mapping import Pair
 from ldt_schedules.megatron.huggingface.safetensors_file import write_safetensors
