@@ -54,6 +54,7 @@ def train(
 
 def _launch(path: Path, config: TrainConfig, overrides: list[str], json_output: bool) -> None:
     """Start all processes of both sites on this machine."""
+    from ldt_schedules.training.checkpointing import check_start
     from ldt_schedules.training.launcher import ChildFailed, Stopped
     from ldt_schedules.training.local_run import run_locally
 
@@ -64,6 +65,7 @@ def _launch(path: Path, config: TrainConfig, overrides: list[str], json_output: 
         )
     _check_data(config)
     _check_table(config)
+    check_start(config)
     try:
         run_locally(str(path), config, overrides, json_output=json_output)
     except (ChildFailed, Stopped) as error:

@@ -8,6 +8,7 @@ tensor-parallel rank keeps its slice: a U, one process and any TP size start fro
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from megatron.core.tensor_parallel.layers import _initialize_affine_weight_cpu
 from ldt_schedules.megatron.chunks import global_parameters
 
 _OUTPUT_LAYERS = ("linear_proj.weight", "linear_fc2.weight")
+_GATED_LAYER = re.compile(r"^(?!encoders\.).*decoder\.layers\.\d+\.mlp\.linear_fc1\.(weight|bias)$")
 
 
 def initialize_by_name(model: torch.nn.Module, config: Any, seed: int) -> None:
@@ -32,21 +34,31 @@ def initialize_by_name(model: torch.nn.Module, config: Any, seed: int) -> None:
         method = config.output_layer_init_method if name.endswith(_OUTPUT_LAYERS) else config.init_method
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(_seed(seed, name))
-            _draw(parameter, method, config.params_dtype)
+            _draw(parameter, method, config, name)
+
+
+def blocks_of(name: str, parameter: torch.nn.Parameter, config: Any) -> int:
+    """Of how many parts, cut separately over the tensor-parallel processes, a matrix is made: gate and up are two.
+
+    Megatron marks that by `partition_stride`, but not in every version (in 0.12 it is 1 everywhere).
+    """
+    gated = config.gated_linear_unit and _GATED_LAYER.search(name) is not None
+    return 2 if gated else int(parameter.partition_stride)
 
 
 def _seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
 
 
-def _draw(parameter: torch.nn.Parameter, method: Any, dtype: torch.dtype) -> None:
+def _draw(parameter: torch.nn.Parameter, method: Any, config: Any, name: str) -> None:
+    dtype: torch.dtype = config.params_dtype
     size = parallel_state.get_tensor_model_parallel_world_size()
     if not getattr(parameter, "tensor_model_parallel", False) or size == 1:
         whole = torch.empty(parameter.shape, dtype=torch.float32)
         method(whole)
         parameter.data.copy_(whole.to(dtype))
         return
-    dim, stride = parameter.partition_dim, parameter.partition_stride
+    dim = parameter.partition_dim
     shape = list(parameter.shape)
     shape[dim] *= size
     mine = torch.nn.Parameter(torch.empty(parameter.shape, dtype=dtype))
@@ -57,7 +69,7 @@ def _draw(parameter: torch.nn.Parameter, method: Any, dtype: torch.dtype) -> Non
         parameter.shape[dim],
         dim,
         method,
-        stride=stride,
+        stride=blocks_of(name, parameter, config),
         params_dtype=dtype,
         rank=parallel_state.get_tensor_model_parallel_rank(),
         world_size=size,

@@ -92,6 +92,9 @@ class MegatronStages:
             )
         if len(inputs) > 1:
             (output,) = output  # a list in, a list out
+        if any(output is tensor for tensor in inputs):
+            # A stage without layers; up to megatron-core 0.12 it hands its input on. Freed as output it would be no input.
+            output = output.clone()
         self.num_tokens += num_tokens.to(self.num_tokens.device)
         if layout.is_tail(stage):
             return output, (inputs, output)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldt_schedules.errors import ConfigError
-from ldt_schedules.megatron import agreement
 from ldt_schedules.megatron.checkpoints import site_directory
 from ldt_schedules.topology import Place, Site
 from ldt_schedules.training.config import TrainConfig, shared_fingerprint
@@ -70,14 +69,15 @@ def find_start(config: TrainConfig, place: Place, run: Session | None) -> Start:
         ConfigError: on both sites: no step that both hold, steps of two runs, an earlier run in the way, or `train.load`
             cannot be read.
     """
-    mine = _said(config, place)
+    from ldt_schedules.megatron import agreement
+
+    mine = _said(config, place.site)
     both = {Site.EDGE: mine, Site.CLOUD: mine} if run is None else agreement.exchange(run, "checkpoints", mine)
-    _refuse_problems(both)
+    iteration = _chosen(config, both)
     edge, cloud = both[Site.EDGE], both[Site.CLOUD]
-    iteration = choose(config.train.resume, edge["steps"], cloud["steps"], saves=config.train.save_interval > 0)
     new_run = edge["new_run"]
     if iteration:
-        return _resumed(config, place, iteration, new_run)
+        return _resumed(config, place.site, iteration, new_run)
     if config.train.load is None:
         return Start(new_run)
     if edge["loaded"] != cloud["loaded"]:
@@ -92,6 +92,21 @@ def find_start(config: TrainConfig, place: Place, run: Session | None) -> Start:
     return Start(
         new_run, done, done * config.train.global_batch_size, path, notes=(f"goes on after step {done} of {path}",)
     )
+
+
+def check_start(config: TrainConfig) -> None:
+    """What `find_start` would refuse, before processes start, where both sites are on this machine. Raises ConfigError."""
+    sites = [site for site in Site if config.site_processes(site)]
+    said = {site: _said(config, site) for site in sites}
+    iteration = _chosen(config, {site: said.get(site, said[Site.EDGE]) for site in Site})
+    for site in sites if iteration else ():
+        _resumed(config, site, iteration, "")
+
+
+def _chosen(config: TrainConfig, both: Mapping[Site, Mapping[str, Any]]) -> int:
+    _refuse_problems(both)
+    steps = (both[site]["steps"] for site in Site)
+    return choose(config.train.resume, *steps, saves=config.train.save_interval > 0)
 
 
 def choose(resume: str | int, edge: Held, cloud: Held, saves: bool = True) -> int:
@@ -133,16 +148,16 @@ def _listed(held: Held) -> str:
     return f"steps {', '.join(sorted(held, key=int))}" if held else "none"
 
 
-def _said(config: TrainConfig, place: Place) -> dict[str, Any]:
+def _said(config: TrainConfig, site: Site) -> dict[str, Any]:
     """What this site has to offer; what is wrong with it as a text, so that both sites hear of it."""
-    directory, load = site_checkpoints(config, place.site), config.train.load
+    directory, load = site_checkpoints(config, site), config.train.load
     said: dict[str, Any] = {"steps": {}, "loaded": None, "problem": None, "new_run": uuid.uuid4().hex[:12]}
     try:
         for step in site_directory.steps(directory):
-            manifest = site_directory.read_manifest(directory / site_directory.step_name(step), str(place.site))
+            manifest = site_directory.read_manifest(directory / site_directory.step_name(step), str(site))
             said["steps"][str(step)] = manifest.run
         if load is not None:
-            said["loaded"] = _loaded_step(site_directory.newest_step(Path(load)), place.site)
+            said["loaded"] = _loaded_step(site_directory.newest_step(Path(load)), site)
     except ConfigError as error:
         said["problem"] = str(error)
     return said
@@ -162,9 +177,11 @@ def _refuse_problems(both: Mapping[Site, Mapping[str, Any]]) -> None:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
 
 
-def _resumed(config: TrainConfig, place: Place, iteration: int, new_run: str) -> Start:
-    path = site_checkpoints(config, place.site) / site_directory.step_name(iteration)
-    manifest = site_directory.read_manifest(path, str(place.site))
+def _resumed(config: TrainConfig, site: Site, iteration: int, new_run: str) -> Start:
+    from ldt_schedules.megatron import agreement
+
+    path = site_checkpoints(config, site) / site_directory.step_name(iteration)
+    manifest = site_directory.read_manifest(path, str(site))
     changed = [
         line.replace(": edge ", " ").replace(", cloud ", " -> ")
         for line in agreement.differing_keys(dict(manifest.settings), settings(config))
@@ -195,6 +212,8 @@ def restore(start: Start, config: TrainConfig, place: Place, run: Session | None
     Raises:
         ConfigError: on both sites, before anything of the model is changed: a file is damaged, or tensors do not fit.
     """
+    from ldt_schedules.megatron import agreement
+
     if start.path is None:
         return
     problem = None

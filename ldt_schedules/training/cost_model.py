@@ -200,7 +200,7 @@ def _padded_vocab(config: TrainConfig, vocab_size: int | None) -> int:
         vocab_size = bytes_vocab_size(config)
     elif vocab_size is None:
         vocab_size = config.hardware.vocab_size
-    return padded_vocab_size(vocab_size, config.sites.edge.tensor_parallel)
+    return padded_vocab_size(vocab_size, config.sites.edge.tensor_parallel, config.model.hf is not None)
 
 
 def _speed(config: TrainConfig, rank: int) -> float:

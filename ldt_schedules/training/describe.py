@@ -34,7 +34,11 @@ def describe_run(config: TrainConfig, vocab_size: int, contents: str = "") -> Ru
     own_data = _DEFAULT_CHARTS if config.has_vision else _DEFAULT_CHAT if holds_messages(config) else _DEFAULT_CORPUS
     found = f": {contents}" if contents else ""
     return RunDescription(
-        ranks=tuple(_rank_rows(config, padded_vocab_size(vocab_size, config.sites.edge.tensor_parallel))),
+        ranks=tuple(
+            _rank_rows(
+                config, padded_vocab_size(vocab_size, config.sites.edge.tensor_parallel, config.model.hf is not None)
+            )
+        ),
         link=_link_use(config) if config.num_pipeline_ranks > 1 else None,
         model=_model(config, vocab_size),
         data=f"{config.data.path or own_data}, tokenizer {config.data.tokenizer}{found}",

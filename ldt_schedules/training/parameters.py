@@ -25,12 +25,16 @@ ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 _VOCAB_MULTIPLE = 128  # Megatron's default; matrix units like such sizes
 
 
-def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
+def padded_vocab_size(vocab_size: int, tensor_parallel: int, published: bool = False) -> int:
     """Rows of the embedding: the vocabulary, rounded up so that it divides over the tensor-parallel processes.
 
     A power of two up to 128 processes gives the same size as 1, so that those runs hold the same model.
+
+    Args:
+        published: weights come from elsewhere. Rows that were never trained take part in the softmax, so there are no more
+            than the processes need.
     """
-    multiple = math.lcm(_VOCAB_MULTIPLE, tensor_parallel)
+    multiple = tensor_parallel if published else math.lcm(_VOCAB_MULTIPLE, tensor_parallel)
     return -(-vocab_size // multiple) * multiple
 
 

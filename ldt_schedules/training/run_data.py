@@ -134,7 +134,7 @@ class TextData:
         return max(self.dataset.corpus.vocab_size, vocab_rows(self.config))
 
     def vocabulary(self, slices: int) -> Vocabulary:
-        return Vocabulary(padded_vocab_size(self.vocab_size, slices))
+        return Vocabulary(padded_vocab_size(self.vocab_size, slices, self.config.model.hf is not None))
 
     announced = False
     contents = ""
@@ -164,7 +164,7 @@ class ChatData:
         return max(self.chat.vocab_size, vocab_rows(self.config))
 
     def vocabulary(self, slices: int) -> Vocabulary:
-        return Vocabulary(padded_vocab_size(self.vocab_size, slices))
+        return Vocabulary(padded_vocab_size(self.vocab_size, slices, self.config.model.hf is not None))
 
     @property
     def announced(self) -> bool:
@@ -206,7 +206,9 @@ class ImageTextData:
 
     def vocabulary(self, slices: int) -> Vocabulary:
         vision = self.chat.vision
-        return Vocabulary(padded_vocab_size(self.vocab_size, slices), vision.image, vision.video)
+        return Vocabulary(
+            padded_vocab_size(self.vocab_size, slices, self.config.model.hf is not None), vision.image, vision.video
+        )
 
     announced = True
     contents = ""

@@ -45,7 +45,7 @@ class DirectoryCase(Case):
         return TrainConfig.model_validate(with_sizes(self.content()))
 
     def vocabulary(self) -> Vocabulary:
-        return Vocabulary(padded_vocab_size(vocab_rows(self.config()), self.edge.tensor))
+        return Vocabulary(padded_vocab_size(vocab_rows(self.config()), self.edge.tensor, published=True))
 
 
 def logits_step(data_iterator: Any, model: torch.nn.Module) -> tuple[Any, Any]:

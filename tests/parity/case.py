@@ -248,7 +248,7 @@ def one_step(case: Case, place: Place, trained: Any, step: int) -> StepResult:
     reports = run_schedule(case, place, trained, step, forward_only=False)
     run = session.current()
     crossed = run.transport.traffic.take() if run is not None and place.site is Site.EDGE else (0, 0)
-    gradients, partition = _gradients(trained.model)
+    gradients, partition = _gradients(trained)
     params = [p for p in trained.model.parameters() if p.requires_grad]
     inf_norm = clip_grads.get_grad_norm_fp32([p.main_grad for p in params], float("inf"))
     if dict(case.ddp).get("use_distributed_optimizer"):
@@ -304,10 +304,12 @@ def run_schedule(case: Case, place: Place, trained: Any, step: int, forward_only
     return [report["lm loss"].cpu().numpy() for report in reports]
 
 
-def _gradients(model: torch.nn.Module) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, int]]]:
+def _gradients(trained: Any) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, int]]]:
     from ldt_schedules.megatron.chunks import global_parameters
+    from ldt_schedules.megatron.initialization import blocks_of
     from ldt_schedules.training.verification.recorder import reduced_gradients
 
+    model = trained.model
     gradients, partition = {}, {}
     named = list(global_parameters(model))
     reduced = dict(reduced_gradients(model, [parameter for _, parameter in named]))
@@ -315,7 +317,7 @@ def _gradients(model: torch.nn.Module) -> tuple[dict[str, np.ndarray], dict[str,
         if parameter.requires_grad:
             gradients[name] = reduced[parameter].detach().clone().cpu().numpy()
         if getattr(parameter, "tensor_model_parallel", False):
-            partition[name] = (parameter.partition_dim, parameter.partition_stride)
+            partition[name] = (parameter.partition_dim, blocks_of(name, parameter, trained.config))
     return gradients, partition
 
 

@@ -145,6 +145,7 @@ def test_vocabulary_is_padded_alike_for_every_tensor_size() -> None:
     assert {padded_vocab_size(257, tensor) for tensor in (1, 2, 4, 8)} == {384}
     assert padded_vocab_size(256, 1) == 256
     assert padded_vocab_size(257, 3) % 3 == 0
+    assert padded_vocab_size(257, 1, published=True) == 257 and padded_vocab_size(257, 2, published=True) == 258
 
 
 def test_step_figures_drop_the_least_important_first() -> None:

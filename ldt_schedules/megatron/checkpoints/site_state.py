@@ -76,10 +76,7 @@ def state_to_save(trainee: Trainee, iteration: int) -> dict[str, Any]:
     if trainee.scheduler is not None:
         state["opt_param_scheduler"] = trainee.scheduler.state_dict()
     if trainee.optimizer is not None:
-        groups = _groups(state["optimizer"]) if "optimizer" in state else []
-        everybody = union_of_groups(gathered([_without_parameters(group) for group in groups]))
-        if "optimizer" in state:
-            groups[:] = everybody
+        _share_common_part(state)
     state[RNG] = _of_this_process(random_states())
     return {**state, "iteration": iteration, "checkpoint_version": 3.0}
 
@@ -90,8 +87,10 @@ def load_state(trainee: Trainee, checkpoint: TorchDistCheckpoint) -> None:
     Raises:
         ConfigError: tensors are missing or of another shape (listed, before anything is changed), or a file is damaged.
     """
-    common = checkpoint.common
-    if trainee.optimizer is not None and not {"optimizer", "opt_param_scheduler"} <= set(common):
+    common, needed = checkpoint.common, set()
+    if trainee.inner_optimizer is not None:
+        needed = {"optimizer", "opt_param_scheduler"}
+    if not needed <= common.keys():
         raise ConfigError(
             f"{checkpoint.path} holds weights alone, no optimizer; set train.finetune=true to start from them"
         )
@@ -107,8 +106,39 @@ def load_state(trainee: Trainee, checkpoint: TorchDistCheckpoint) -> None:
         _take_slices(inner, state["optimizer"], factories.get("optimizer", {}))
     if inner is not None:
         _finish_optimizer(inner, common["optimizer"])
-    if trainee.scheduler is not None:
+    if trainee.scheduler is not None and "opt_param_scheduler" in common:
         trainee.scheduler.load_state_dict(common["opt_param_scheduler"])
+
+
+def _share_common_part(state: dict[str, Any]) -> None:
+    """Put what all processes know of the optimizer into the state of each. A collective of the site.
+
+    Megatron keeps the first process's alone, which may hold no norm, no matrix, or nothing that learns.
+    """
+    found = [common for common in gathered(_common_part(state.get("optimizer"))) if common is not None]
+    if not found:
+        return
+    groups = union_of_groups(map(_groups, found))
+    step = next((one for common in found if (one := _step(common)) is not None), None)
+    optimizer = state.setdefault("optimizer", found[0])
+    _groups(optimizer)[:] = groups
+    inside = optimizer.get("optimizer", optimizer)
+    if step is not None and "state" in inside:
+        inside["state"]["common_step"] = torch.tensor(step)
+
+
+def _common_part(optimizer_state: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Of a sharded state dict of any of Megatron's optimizers, without what is cut over processes."""
+    if optimizer_state is None:
+        return None
+    inside = optimizer_state.get("optimizer", optimizer_state)
+    kept: dict[str, Any] = {"param_groups": [_without_parameters(group) for group in inside["param_groups"]]}
+    if "state" in inside:
+        kept["state"] = {key: value for key, value in inside["state"].items() if key == "common_step"}
+    if inside is optimizer_state:
+        return kept
+    scaler = {key: optimizer_state[key] for key in ("grad_scaler",) if key in optimizer_state}
+    return {"optimizer": kept, **scaler}
 
 
 def load_random_states(checkpoint: TorchDistCheckpoint) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from ldt_schedules.megatron import world
 from ldt_schedules.megatron.chunks import global_parameters
+from ldt_schedules.megatron.initialization import blocks_of
 from ldt_schedules.topology import Site
 from ldt_schedules.training.config import TrainConfig
 from ldt_schedules.training.forward_step import LossReport
@@ -72,7 +73,7 @@ class _Recorder:
         self._place, self._trained, self._directory = process.place, process.trained, directory
         self._named: list[tuple[str, Any]] = list(global_parameters(process.trained.model))
         self._partition = {
-            name: Partition(parameter.partition_dim, parameter.partition_stride)
+            name: Partition(parameter.partition_dim, blocks_of(name, parameter, process.trained.config))
             for name, parameter in self._named
             if getattr(parameter, "tensor_model_parallel", False)
         }
