@@ -23,14 +23,16 @@ app = typer.Typer(
     name="convert",
     help="Turn checkpoints of edge and cloud into one of stock Megatron, and back; and both into Hugging Face's and back.\n\n"
     "Everything is read and written tensor by tensor, in one process without a GPU. Nothing that is pickled in a checkpoint "
-    "is executed. The result appears under its name when it is complete.",
+    "is executed, or taken over unread. The result appears under its name when it is complete.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 _Out = Annotated[Path, typer.Argument(metavar="OUT", help="New or empty directory for the result.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object with the figures.")]
-_WeightsOnly = Annotated[bool, typer.Option("--weights-only", help="Leave the optimizer out.")]
+_WeightsOnly = Annotated[
+    bool, typer.Option("--weights-only", help="Leave out the optimizer and the states of modules.")
+]
 _Edge = Annotated[Path, typer.Argument(metavar="EDGE", help="The edge's checkpoint: a step, or a directory of steps.")]
 _Cloud = Annotated[Path, typer.Argument(metavar="CLOUD", help="The cloud's, of the same step.")]
 _Source = Annotated[

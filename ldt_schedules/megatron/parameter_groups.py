@@ -47,25 +47,17 @@ def in_the_order_of(current: Groups, loaded: Groups) -> Groups:
     Raises:
         LdtError: a current group is not in the checkpoint, or more are.
     """
-    found = matching(current, loaded)
-    if len(current) != len(loaded):
-        raise _other_groups(current, loaded)
-    return [{**group, "params": place["params"]} for group, place in zip(found, loaded, strict=True)]
-
-
-def matching(current: Groups, loaded: Groups) -> Groups:
-    """Of each current group the loaded one of the same identity. Raises LdtError: there is none."""
     by_identity = {_identity(group): group for group in loaded}
-    if any(_identity(group) not in by_identity for group in current):
-        raise _other_groups(current, loaded)
-    return [by_identity[_identity(group)] for group in current]
-
-
-def _other_groups(current: Groups, loaded: Groups) -> LdtError:
-    return LdtError(
-        f"the checkpoint's optimizer has the parameter groups {sorted(map(_identity, loaded))} ({', '.join(IDENTITY)}), this "
-        f"model's has {[_identity(group) for group in current]}: load without the optimizer (--no-load-optim)"
-    )
+    missing = [_identity(group) for group in current if _identity(group) not in by_identity]
+    if missing or len(current) != len(loaded):
+        raise LdtError(
+            f"the checkpoint's optimizer has the parameter groups {sorted(by_identity)} ({', '.join(IDENTITY)}), this "
+            f"model's has {[_identity(group) for group in current]}: load without the optimizer (--no-load-optim)"
+        )
+    return [
+        {**by_identity[_identity(group)], "params": place["params"]}
+        for group, place in zip(current, loaded, strict=True)
+    ]
 
 
 def union_of_groups(processes: Iterable[Groups]) -> Groups:

@@ -7,13 +7,14 @@ cloud   checkpoints/cloud/                iter_0000100  iter_0000150
 from __future__ import annotations
 
 import uuid
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldt_schedules.errors import ConfigError
+from ldt_schedules.errors import ConfigError, LdtError
 from ldt_schedules.megatron.checkpoints import site_directory
 from ldt_schedules.topology import Place, Site
 from ldt_schedules.training.config import TrainConfig, shared_fingerprint
@@ -27,7 +28,7 @@ Held = Mapping[str, str]
 """Step (a number, as JSON has it) -> the run it is of."""
 
 _MAY_CHANGE = frozenset(
-    {"train.iterations", "train.save_interval", "train.resume", "train.load", "train.finetune", "train.eval_interval"}
+    {"train.save_interval", "train.resume", "train.load", "train.finetune", "train.eval_interval"}
     | {"train.eval_iterations", "train.save_hf", "model.hf"}
 )
 """Keys that a resumed run may have otherwise without a word: they change nothing of a step."""
@@ -70,37 +71,50 @@ def find_start(config: TrainConfig, place: Place, run: Session | None) -> Start:
             cannot be read.
     """
     from ldt_schedules.megatron import agreement
+    from ldt_schedules.megatron.checkpoints.strategies import gathered
 
-    mine = _said(config, place.site)
+    # What one process cannot read, all must hear of; the rest is the first one's to say.
+    everybody = gathered(_said(config, place.site))
+    mine = {**everybody[0], "problem": next((said["problem"] for said in everybody if said["problem"]), None)}
     both = {Site.EDGE: mine, Site.CLOUD: mine} if run is None else agreement.exchange(run, "checkpoints", mine)
-    iteration = _chosen(config, both)
-    edge, cloud = both[Site.EDGE], both[Site.CLOUD]
-    new_run = edge["new_run"]
-    if iteration:
-        return _resumed(config, place.site, iteration, new_run)
-    if config.train.load is None:
-        return Start(new_run)
-    if edge["loaded"] != cloud["loaded"]:
-        raise ConfigError(
-            f"train.load: the edge's checkpoint is of step {edge['loaded']}, the cloud's of step {cloud['loaded']}; give both "
-            "sites parts of the same step"
-        )
-    path = site_directory.newest_step(Path(config.train.load))
-    if config.train.finetune:
-        return Start(new_run, path=path, notes=(f"weights from {path}",))
-    done = int(edge["loaded"])
-    return Start(
-        new_run, done, done * config.train.global_batch_size, path, notes=(f"goes on after step {done} of {path}",)
-    )
+    return _start(config, place.site, both)
 
 
 def check_start(config: TrainConfig) -> None:
     """What `find_start` would refuse, before processes start, where both sites are on this machine. Raises ConfigError."""
     sites = [site for site in Site if config.site_processes(site)]
     said = {site: _said(config, site) for site in sites}
-    iteration = _chosen(config, {site: said.get(site, said[Site.EDGE]) for site in Site})
-    for site in sites if iteration else ():
-        _resumed(config, site, iteration, "")
+    for site in sites:
+        _start(config, site, {site: said.get(site, said[Site.EDGE]) for site in Site})
+
+
+def _start(config: TrainConfig, site: Site, both: Mapping[Site, Mapping[str, Any]]) -> Start:
+    iteration = _chosen(config, both)
+    edge, cloud = both[Site.EDGE], both[Site.CLOUD]
+    if iteration:
+        return _resumed(config, site, iteration, edge["new_run"])
+    if config.train.load is None:
+        return Start(edge["new_run"])
+    if edge["loaded"] != cloud["loaded"]:
+        raise ConfigError(
+            f"train.load: the edge's checkpoint is of step {edge['loaded'][0]}, the cloud's of step {cloud['loaded'][0]}; give "
+            "both sites parts of the same step"
+        )
+    path = site_directory.newest_step(Path(config.train.load))
+    if config.train.finetune:
+        return Start(edge["new_run"], path=path, notes=(f"weights from {path}",))
+    done, consumed = edge["loaded"]
+    _check_iterations(config, done, path)
+    consumed = consumed or done * config.train.global_batch_size
+    return Start(edge["new_run"], done, consumed, path, notes=(f"goes on after step {done} of {path}",))
+
+
+def _check_iterations(config: TrainConfig, done: int, path: Path) -> None:
+    if config.train.iterations <= done:
+        raise ConfigError(
+            f"{path} is the checkpoint after step {done}, and train.iterations is {config.train.iterations}; raise it to go on "
+            "(train.lr_decay_iterations says how long the learning rate decays), or set train.finetune=true for a new run"
+        )
 
 
 def _chosen(config: TrainConfig, both: Mapping[Site, Mapping[str, Any]]) -> int:
@@ -156,19 +170,28 @@ def _said(config: TrainConfig, site: Site) -> dict[str, Any]:
         for step in site_directory.steps(directory):
             manifest = site_directory.read_manifest(directory / site_directory.step_name(step), str(site))
             said["steps"][str(step)] = manifest.run
+        half = site_directory.incomplete(directory) if config.train.save_interval else []
+        if half:
+            raise ConfigError(
+                f"{directory} holds {', '.join(half)} without {site_directory.MANIFEST}, copied half or another program's; "
+                "remove it, or give this run a train.checkpoint_dir of its own"
+            )
         if load is not None:
             said["loaded"] = _loaded_step(site_directory.newest_step(Path(load)), site)
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         said["problem"] = str(error)
     return said
 
 
-def _loaded_step(path: Path, site: Site) -> int:
+def _loaded_step(path: Path, site: Site) -> tuple[int, int]:
+    """Its step, and how many samples were read until then; 0 where it does not say."""
     from ldt_schedules.megatron.checkpoints.torch_dist import open_checkpoint
 
+    common = open_checkpoint(path).common
+    consumed = getattr(common.get("args"), "consumed_train_samples", 0)
     if (path / site_directory.MANIFEST).is_file():
-        site_directory.read_manifest(path, str(site))
-    return int(open_checkpoint(path).common.get("iteration", 0))
+        consumed = site_directory.read_manifest(path, str(site)).consumed_samples
+    return int(common.get("iteration", 0)), int(consumed or 0)
 
 
 def _refuse_problems(both: Mapping[Site, Mapping[str, Any]]) -> None:
@@ -185,20 +208,21 @@ def _resumed(config: TrainConfig, site: Site, iteration: int, new_run: str) -> S
     changed = [
         line.replace(": edge ", " ").replace(", cloud ", " -> ")
         for line in agreement.differing_keys(dict(manifest.settings), settings(config))
-        if line.partition(":")[0] not in _MAY_CHANGE
+        if line.partition(":")[0] not in _may_change(config)
     ]
     other_model = [
         line for line in changed if line.startswith("model.") and line.split()[0] not in _MAY_CHANGE_OF_MODEL
     ]
     if other_model:
         raise ConfigError(f"{path} is of another model than the config's:\n  " + "\n  ".join(other_model))
-    if config.train.iterations <= iteration:
-        raise ConfigError(
-            f"{path} is the checkpoint after step {iteration}, and train.iterations is {config.train.iterations}; raise it to "
-            "go on"
-        )
+    _check_iterations(config, iteration, path)
     notes = [f"goes on after step {iteration} of {path}", *(f"otherwise than before: {line}" for line in changed)]
     return Start(new_run, iteration, manifest.consumed_samples, path, True, tuple(notes))
+
+
+def _may_change(config: TrainConfig) -> frozenset[str]:
+    """Without a length of its own the decay of the learning rate is as long as the run."""
+    return _MAY_CHANGE if config.train.lr_decay_iterations is None else _MAY_CHANGE | {"train.iterations"}
 
 
 def settings(config: TrainConfig) -> dict[str, Any]:
@@ -210,19 +234,20 @@ def restore(start: Start, config: TrainConfig, place: Place, run: Session | None
     """Fill the model, and all else that is kept, from `start.path`. A collective of both sites.
 
     Raises:
-        ConfigError: on both sites, before anything of the model is changed: a file is damaged, or tensors do not fit.
+        ConfigError: in every process of both sites, what any of them found: a damaged file, tensors that do not fit.
     """
     from ldt_schedules.megatron import agreement
+    from ldt_schedules.megatron.checkpoints.strategies import gathered
 
     if start.path is None:
         return
     problem = None
     try:
         _restore_site(start, config, place, trainee)
-    except ConfigError as error:
+    except (LdtError, OSError) as error:
         problem = str(error)
-    said: dict[Site, dict[str, Any]] = {place.site: {"problem": problem}}
-    _refuse_problems(said if run is None else agreement.exchange(run, "loading of checkpoints", said[place.site]))
+    mine = {"problem": next((one for one in gathered(problem) if one), None)}
+    _refuse_problems({place.site: mine} if run is None else agreement.exchange(run, "loading of checkpoints", mine))
 
 
 def _restore_site(start: Start, config: TrainConfig, place: Place, trainee: Trainee) -> None:
@@ -235,18 +260,30 @@ def _restore_site(start: Start, config: TrainConfig, place: Place, trainee: Trai
     manifest = verify(start.path)
     checkpoint = open_checkpoint(start.path)
     weights_alone = config.train.finetune and not start.resumed
-    load_state(Trainee(trainee.model) if weights_alone else trainee, checkpoint)
+    load_state(
+        Trainee(trainee.model) if weights_alone else trainee,
+        checkpoint,
+        num_layers=_num_layers(config),
+        # Megatron-LM's schedule counts samples, ours steps.
+        schedule_steps=start.iteration if manifest is None else None,
+    )
     if weights_alone and trainee.inner_optimizer is not None:
         trainee.optimizer.reload_model_params()
-    if start.resumed and manifest is not None and manifest.sizes == sizes(config, place.site):
-        load_random_states(checkpoint)
-    else:
+    same_world = start.resumed and manifest is not None and manifest.sizes == sizes(config, place.site)
+    if not (same_world and load_random_states(checkpoint)):
         seed_after(config.train.seed, start.iteration)
 
 
+def _num_layers(config: TrainConfig) -> dict[str, int]:
+    if not config.has_vision:
+        return {"decoder.": config.model.num_layers}
+    return {"language.decoder.": config.model.num_layers, "vision.decoder.": config.vision.num_layers}
+
+
 def saver(start: Start, config: TrainConfig, place: Place) -> SiteSaver | None:
-    """None where nothing is to be saved."""
+    """None where nothing is to be saved. A collective of the site. Raises ConfigError: the directory cannot be written."""
     from ldt_schedules.megatron.checkpoints.site_saver import SiteSaver
+    from ldt_schedules.megatron.checkpoints.strategies import on_first
 
     if not config.train.save_interval:
         return None
@@ -260,9 +297,17 @@ def saver(start: Start, config: TrainConfig, place: Place) -> SiteSaver | None:
         versions=versions,
     )
     directory = site_checkpoints(config, place.site)
-    if start.resumed and place.site_rank == 0:
-        site_directory.set_aside(directory, start.iteration)
+    on_first(lambda: _prepare(directory, start.iteration))
     return SiteSaver(directory, manifest, config.train.keep_checkpoints, config.train.async_save)
+
+
+def _prepare(directory: Path, iteration: int) -> None:
+    """Try to write there now, not when the first checkpoint is due; and put what came after `iteration` aside."""
+    site_directory.begin(directory, 0).rmdir()
+    for name in site_directory.set_aside(directory, iteration):
+        warnings.warn(
+            f"a later step of the run before is kept as {directory / name} until the first checkpoint", stacklevel=2
+        )
 
 
 def sizes(config: TrainConfig, site: Site) -> dict[str, int]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import pickle
 import resource
 import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +19,7 @@ from typer.testing import CliRunner
 
 from ldt_schedules.cli.app import app
 from ldt_schedules.errors import ConfigError
+from ldt_schedules.megatron.checkpoints.site_directory import MANIFEST, Manifest
 from ldt_schedules.megatron.checkpoints.torch_dist import open_checkpoint
 from ldt_schedules.megatron.checkpoints.torch_dist_writer import ChunkWriter, write_common, write_index
 from ldt_schedules.megatron.converting.parts import parts_of
@@ -24,7 +30,19 @@ GROUP = {"wd_mult": 1.0, "lr_mult": 1.0, "is_expert_parallel": False, "is_decoup
 WIDTH = 16
 
 
-def save(folder: Path, number: int, keys: dict[str, tuple[int, ...]], **common: object) -> Path:
+SCHEDULE = {"num_steps": 5, "lr_warmup_steps": 2, "lr_decay_steps": 10, "wd_incr_steps": 0, "max_lr": 0.1}
+STATE = "mlp.linear_fc2._extra_state/shard_0_1"
+NOTHING: dict[str, object] = {}
+
+
+def save(
+    folder: Path,
+    number: int,
+    keys: dict[str, tuple[int, ...]],
+    objects: Mapping[str, object] = NOTHING,
+    schedule: Mapping[str, object] = SCHEDULE,
+    **common: object,
+) -> Path:
     """A small checkpoint with the state of an Adam; every tensor's numbers are its own."""
     step = folder / f"iter_{number:07d}"
     step.mkdir(parents=True)
@@ -32,10 +50,12 @@ def save(folder: Path, number: int, keys: dict[str, tuple[int, ...]], **common: 
         for key, shape in keys.items():
             for state in ("", "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq."):
                 writer.put(state + key, torch.randn(shape))
+        for key, value in objects.items():
+            writer.put_object(key, [value])
     assert writer.written is not None
     state = {"common_step": torch.tensor(float(number))}
     optimizer = {"param_groups": [GROUP], "state": state}
-    write_common(step, {"iteration": number, "optimizer": optimizer, "opt_param_scheduler": {"num_steps": 1}, **common})
+    write_common(step, {"iteration": number, "optimizer": optimizer, "opt_param_scheduler": schedule, **common})
     write_index(step, [writer.written])
     return folder
 
@@ -180,6 +200,156 @@ def test_hugging_face_directories_that_are_none(whole, tmp_path):
     assert "has no config.json" in mistake("from-hf", whole, out)
     assert "has no config.json" in mistake("to-hf", whole, out, "--like", whole)
     assert "4 paths are given" in mistake("to-hf", whole, whole, whole, out, "--like", whole)
+
+
+class Hostile:
+    """Pickled, it is a call: whoever loads it makes a directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def _archived(value: object) -> io.BytesIO:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer
+
+
+def _pickled(value: object) -> torch.Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("kept_as", [lambda value: value, _archived, _pickled, lambda value: {"recipe": value}])
+def test_a_program_in_the_state_of_a_module(sites, tmp_path, kept_as):
+    """Stock Megatron would execute it: in the checkpoint's own pickle, and where Transformer Engine has put another into it."""
+    edge, _ = sites
+    objects = {f"decoder.layers.1.{STATE}": kept_as(Hostile(tmp_path / "executed"))}
+    cloud = save(tmp_path / "hostile", 5, CLOUD, objects)
+    told = mistake("merge", edge, cloud, tmp_path / "out")
+    assert "decoder.layers.1.mlp.linear_fc2._extra_state" in told and "it would call posix.mkdir" in told
+    assert "--weights-only" in told and not (tmp_path / "out").exists()
+    assert convert("merge", edge, cloud, tmp_path / "out", "--weights-only").exit_code == 0
+    with open_checkpoint(tmp_path / "out" / "iter_0000005").reading() as reader:
+        assert reader.object("decoder.layers.mlp.linear_fc2._extra_state/shard_1_4") is None
+    assert not (tmp_path / "executed").exists()
+
+
+def test_states_of_modules_are_written_anew(sites, tmp_path):
+    """All that stock Megatron saves without FP8: nothing, an empty tensor, and None in either of two pickles."""
+    edge = save(
+        tmp_path / "mine", 5, EDGE, {f"decoder.layers.0.{STATE}": None, f"decoder.layers.3.{STATE}": _pickled(None)}
+    )
+    given = {
+        f"decoder.layers.1.{STATE}": torch.empty(0, dtype=torch.uint8),
+        f"decoder.layers.2.{STATE}": _archived(None),
+    }
+    cloud = save(tmp_path / "theirs", 5, CLOUD, given)
+    result = convert("merge", edge, cloud, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    step = open_checkpoint(tmp_path / "out" / "iter_0000005")
+    raw = {key: (step.path / one.file).read_bytes()[one.start :][: one.length] for key, one in step.objects.items()}
+    # What is in the file is of this test's own making.
+    found = [torch.load(io.BytesIO(raw[key]), weights_only=False)[0] for key in sorted(raw)]
+    assert len(found) == 4 and found[0] is None and found[1].numel() == 0
+    assert torch.load(found[2], weights_only=False) is None and pickle.loads(found[3].numpy().tobytes()) is None
+
+
+def test_neither_site_replaces_what_the_other_holds(tmp_path):
+    edge = save(tmp_path / "edge", 5, EDGE, {f"decoder.layers.0.{STATE}": None})
+    cloud = save(tmp_path / "cloud", 5, CLOUD, {f"decoder.layers.0.{STATE}": b"another"})
+    assert f"both hold decoder.layers.0.{STATE}" in mistake("merge", edge, cloud, tmp_path / "out")
+
+
+def test_the_file_of_a_state_is_cut_off(sites, tmp_path):
+    edge, _ = sites
+    cloud = save(tmp_path / "theirs", 5, CLOUD, {f"decoder.layers.1.{STATE}": bytes(2000)})
+    file = cloud / "iter_0000005" / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert "is cut off" in mistake("merge", edge, cloud, tmp_path / "out")
+
+
+def test_links_among_the_files_of_a_site(sites, tmp_path):
+    """They may lead to what is none of the other site's business."""
+    edge, cloud = sites
+    file = cloud / "iter_0000005" / "__0_0.distcp"
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    assert f"{file} is a link" in mistake("merge", edge, cloud, tmp_path / "out")
+    file.unlink()
+    os.mkfifo(file)
+    assert f"{file} is a link, a pipe" in mistake("merge", edge, cloud, tmp_path / "out")
+
+
+def manifest(folder: Path, number: int, run: str, **settings: object) -> None:
+    """As our trainer has written one. It names no files: their digests are another test's."""
+    one = Manifest(folder.name, number, run, {}, consumed_samples=8 * number + 1, settings=settings)
+    (folder / f"iter_{number:07d}" / MANIFEST).write_text(json.dumps(asdict(one)))
+
+
+def schedule_of(path: Path) -> dict[str, object]:
+    return dict(open_checkpoint(path / "iter_0000005").common["opt_param_scheduler"])
+
+
+def test_the_schedule_is_counted_in_samples(sites, whole, tmp_path):
+    """As Megatron-LM counts; its own loop's checkpoints are so already, with or without a split."""
+    edge, cloud = sites
+    assert convert("merge", edge, cloud, tmp_path / "theirs").exit_code == 0
+    assert convert("split", whole, "--site", "edge", "--layers", "1,2,1", tmp_path / "half").exit_code == 0
+    assert schedule_of(tmp_path / "theirs") == schedule_of(tmp_path / "half") == SCHEDULE
+    for folder in (edge, cloud):
+        manifest(folder, 5, "a run", **{"train.global_batch_size": 8})
+    assert convert("merge", edge, cloud, tmp_path / "ours").exit_code == 0
+    samples = {"num_steps": 41, "lr_warmup_steps": 16, "lr_decay_steps": 80, "wd_incr_steps": 0}
+    assert schedule_of(tmp_path / "ours") == {**SCHEDULE, **samples}
+    manifest(edge, 5, "a run")
+    assert "train.global_batch_size None" in mistake("merge", edge, cloud, tmp_path / "out")
+
+
+def test_the_newest_step_of_one_run(sites, tmp_path):
+    edge, cloud = sites
+    save(edge, 10, EDGE), save(cloud, 10, CLOUD)
+    for folder, later in ((edge, "second"), (cloud, "third")):
+        manifest(folder, 5, "first", **{"train.global_batch_size": 8}), manifest(folder, 10, later)
+    assert convert("merge", edge, cloud, tmp_path / "out").exit_code == 0
+    assert (tmp_path / "out" / "latest_checkpointed_iteration.txt").read_text() == "5"
+    told = mistake("merge", edge / "iter_0000010", cloud / "iter_0000010", tmp_path / "no")
+    assert "are of different runs" in told
+
+
+@pytest.mark.parametrize("out", [".", "../empty"])
+def test_a_result_where_one_stands(sites, tmp_path, monkeypatch, out):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    result = convert("merge", *sites, out)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "empty" / "iter_0000005" / ".metadata").is_file()
+
+
+def test_chained_optimizers(tmp_path):
+    path = save(tmp_path / "whole", 5, {**WHOLE, "chained_0.optimizer.state.exp_avg.output_layer.weight": (8,)})
+    told = mistake("split", path, "--site", "edge", "--layers", "1,2,1", tmp_path / "out")
+    assert "several optimizers in a chain" in told and "--weights-only" in told
+
+
+@pytest.mark.parametrize("chunk", [(4, WIDTH, WIDTH), (10**12, WIDTH, WIDTH), (10**12, 0)])
+def test_an_index_that_promises_what_no_file_holds(sites, tmp_path, chunk):
+    """As many layers as nobody could list: told before anybody tries."""
+    edge, _ = sites
+    cloud, key = tmp_path / "promises" / "iter_0000005", "decoder.layers.mlp.linear_fc1.weight"
+    cloud.mkdir(parents=True)
+    with ChunkWriter(cloud, "__0_0.distcp") as writer:
+        writer.put(key, torch.zeros(4, WIDTH, WIDTH), shape=(10**12, WIDTH, WIDTH))
+    assert writer.written is not None
+    (entry,) = writer.written.entries
+    shape = (10**12, *chunk[1:])
+    entry = replace(entry, chunk=replace(entry.chunk, offsets=(0,) * len(chunk), shape=chunk), shape=shape)
+    write_common(cloud, {"iteration": 5})
+    write_index(cloud, [replace(writer.written, entries=(entry,))])
+    told = mistake("merge", edge, cloud, tmp_path / "out")
+    assert key in told and ("do not make up" in told or "its index promises" in told)
 
 
 def _little_space() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import pickle
 import resource
@@ -65,6 +66,30 @@ def test_a_layer_is_found_under_its_number_and_in_the_stack(tmp_path):
     checkpoint = open_checkpoint(path)
     assert checkpoint.region("decoder.layers.3.mlp.w", (0, 0), (4, 2)) is None
     assert checkpoint.region("decoder.layers.0.mlp.v", (0, 0), (4, 2)) is None
+
+
+@pytest.mark.parametrize("left_out", [0, 2, -1])
+def test_parts_that_do_not_make_up_a_tensor(tmp_path, left_out):
+    """What no part holds would be read as whatever was in memory."""
+    shape, parts = cut(WHOLE, 2, 3)
+    whole = open_checkpoint(write(tmp_path / "whole", {"w": (shape, parts)}))
+    assert whole.uncovered("w") == ""
+    fewer = [part for number, part in enumerate(parts) if number != left_out % len(parts)]
+    checkpoint = open_checkpoint(write(tmp_path / "fewer", {"w": (shape, fewer)}))
+    assert "the parts of w do not make up a tensor of [7, 6]" in checkpoint.uncovered("w")
+    huge = open_checkpoint(write(tmp_path / "huge", {"w": ((10**12, 6), parts)}))
+    assert huge.uncovered("w")
+
+
+def test_classes_of_this_process_stay_what_they_are(tmp_path):
+    """A pickle may set attributes of what it names; it gets subclasses of its own."""
+    from argparse import Namespace
+
+    from ldt_schedules.megatron.checkpoints import safe_pickle
+
+    code = b"cargparse\nNamespace\nN}(Vpoison\nVhere\nu\x86b."
+    poisoned = safe_pickle.load(io.BytesIO(code))
+    assert poisoned.poison == "here" and not hasattr(Namespace, "poison")
 
 
 def test_padding_that_is_not_there_stays(tmp_path):

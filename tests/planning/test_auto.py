@@ -31,7 +31,7 @@ from tests.planning.random_problems import random_costs, random_layout, same, wi
 
 MANY = os.environ.get("LDT_MANY") == "1"
 pytestmark = [pytest.mark.timeout(3600)] if MANY else []
-EXAMPLES = 10_000 if MANY else 300
+EXAMPLES = 10_000 if MANY else 100
 QUICK = 2000
 SEARCHING = {"auto": auto, "auto_zb": auto_zb}
 SWEPT = [name for name in PLANNERS if name != "exact"]
@@ -190,13 +190,13 @@ def test_close_to_the_proven_optimum(name, layout, microbatches, latency, budget
 
 
 def test_equal_input_gives_equal_output():
-    for seed in range(40):
+    for seed in range(20):
         problem, sure, _ = random_problem(seed)
         for planner in SEARCHING.values() if sure else ():
             assert planner(problem, QUICK) == planner(random_problem(seed)[0], QUICK)
 
 
-GRID = [(p, m, latency, ratio) for p in (2, 4, 8) for m in (8, 32) for latency in (0, 4, 16) for ratio in (0.5, 2.0)]
+GRID = [(p, m, latency, ratio) for p in (2, 4, 8) for m in (8, 32) for latency in (0, 16) for ratio in (0.5, 2.0)]
 
 
 def test_close_to_the_bound_on_the_grid_of_us():
@@ -252,7 +252,7 @@ def test_the_cost_of_a_plan_is_a_fixed_number_of_instances_or_of_passes(name, mo
     """A step of tight memory, where no bound is met at once: the effort while it lasts, then a few passes."""
     monkeypatch.setattr(sys.modules[auto.__module__], "Search", CountedSearch)
     effort, passes = 20_000, {}
-    for microbatches in (4, 16, 64, 256, 1024, 4096):
+    for microbatches in (4, 64, 512, 2048):
         CountedSearch.made.clear()
         problem = within_budget(Problem(Layout.u(3), microbatches, Costs(latency=7, forward=1.1)), "1x")
         SEARCHING[name](problem, effort)
@@ -260,7 +260,7 @@ def test_the_cost_of_a_plan_is_a_fixed_number_of_instances_or_of_passes(name, mo
         scheduled = sum(search.effort for search in CountedSearch.made)
         passes[microbatches] = scheduled / size
         assert 0 < scheduled <= 2 * effort + 20 * size, passes
-    assert passes[4096] <= passes[1024] + 0.5 <= 20, passes
+    assert passes[2048] <= passes[512] + 0.5 <= 20, passes
 
 
 def test_a_bound_that_is_met_at_once_costs_nothing(monkeypatch):

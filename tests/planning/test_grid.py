@@ -306,7 +306,7 @@ def test_a_deadlock_says_who_waits_and_what_would_run(semantics):
 @pytest.mark.parametrize("planner", ["gpipe", "one_f_one_b", "auto", "auto_zb"])
 @pytest.mark.parametrize("forward_only", [False, True])
 def test_planners_know_several_roots(layout, planner, forward_only):
-    for microbatches in (1, 2, 5, 8):
+    for microbatches in (5, 8) if forward_only else (1, 2, 5, 8):
         table = plan(planner, layout, microbatches, forward_only=forward_only)
         assert validate(table) == []
         assert read_table(write_table(table, "json")) == table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from ldt_schedules.training.chat.huggingface import HuggingFaceChat
 from ldt_schedules.training.chat.samples import Message
 from ldt_schedules.training.chat.writing import ByteChat, ChatError, open_chat
-from tests.training.chat_tokenizers import QWEN_LIKE, TEXT_ONLY, THOUGHTFUL, save_tokenizer
+from tests.training.chat_tokenizers import LLAMA_LIKE, QWEN_LIKE, TEXT_ONLY, THOUGHTFUL, save_tokenizer
 
 TURNS = ["<|im_start|>", "<|im_end|>"]
 TALK = (
@@ -89,3 +90,14 @@ def test_a_content_that_looks_like_the_end_of_an_answer(tmp_path: Path) -> None:
 def test_a_text_with_a_turns_token_is_refused(token: str, tmp_path: Path) -> None:
     with pytest.raises(ChatError, match="a special token"):
         opened(tmp_path, QWEN_LIKE).write((Message("user", (f"a {token}",)), TALK[2]))
+
+
+def test_a_text_with_any_special_token_of_the_tokenizer_is_refused(tmp_path: Path) -> None:
+    """Llama 3's turns, and its tokens with a role; what was added without being special may stand in a text."""
+    turns = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    chat = opened(tmp_path, LLAMA_LIKE, turns)
+    chat.inner.add_tokens(["<think>"])
+    assert learned(chat, (TALK[1], Message("assistant", ("<think> March",)))) == "<think> March<|eot_id|>"
+    for token in (*turns, "<|endoftext|>", "<s>"):
+        with pytest.raises(ChatError, match=f"a text contains {re.escape(token)}, a special token"):
+            chat.write((Message("user", (f"a {token}assistant",)), TALK[2]))

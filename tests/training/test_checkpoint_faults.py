@@ -19,8 +19,9 @@ from ldt_schedules.errors import ConfigError
 from ldt_schedules.megatron.checkpoints import site_directory
 from ldt_schedules.megatron.checkpoints.site_directory import Manifest, problems_of, read_manifest, step_name, steps
 from ldt_schedules.megatron.checkpoints.torch_dist import open_checkpoint
+from ldt_schedules.megatron.converting.merging import merge
 from ldt_schedules.topology import Site
-from ldt_schedules.training.checkpointing import choose
+from ldt_schedules.training.checkpointing import check_start, choose
 from tests.helpers.workers import CONTEXT, WorkerFailure, site_ports
 from tests.training.checkpoint_runs import run_all, tiny
 
@@ -66,7 +67,8 @@ def test_killed_while_saving(tmp_path, part, in_background):
         process.join()
         directory = output / "checkpoints" / "edge"
         held = steps(directory)
-        assert 2 <= len(held) <= 3, "two are kept, and the third is there before the first is removed"
+        most = 3 + in_background  # two are kept (in the background three), and another is there before the oldest goes
+        assert 2 <= len(held) <= most, held
         for step in held:
             check_whole(directory / step_name(step), step)
         seen.append((held[-1], len(held), len(list(directory.glob(".iter*")))))
@@ -205,6 +207,47 @@ def test_layers_dealt_otherwise_inside_the_cloud(workers, output, tmp_path):
     assert moved[0].losses == kept[0].losses and len(kept[0].losses) == 2
 
 
+def test_a_run_of_megatron_that_has_ended(trained, tmp_path):
+    """`train.load` goes on where that run was; there is nothing left to do here."""
+    merged = tmp_path / "merged"
+    merge(trained / "checkpoints" / "edge", trained / "checkpoints" / "cloud", merged, lambda done, total: None)
+    with pytest.raises(
+        ConfigError, match=r"is the checkpoint after step 4, and train.iterations is 4; raise it to go on"
+    ):
+        check_start(tiny(tmp_path / "new", f"train.load={merged}"))
+    check_start(tiny(tmp_path / "new", f"train.load={merged}", "train.iterations=5"))
+    check_start(tiny(tmp_path / "new", f"train.load={merged}", "train.finetune=true"))
+
+
+def test_a_model_of_more_layers_is_refused(workers, trained, tmp_path):
+    """Its first layers alone are another function."""
+    merged = tmp_path / "merged"
+    merge(trained / "checkpoints" / "edge", trained / "checkpoints" / "cloud", merged, lambda done, total: None)
+    fewer = ("model.num_layers=3", "layers=[1,1,1,0]", f"train.load={merged}", "train.finetune=true")
+    with pytest.raises(WorkerFailure, match=r"of 4 layers, the model has 3"):
+        run_all(workers, tiny(tmp_path / "new", *fewer))
+
+
+def test_a_learning_rate_that_was_changed_counts(workers, output):
+    """The config says it, not what was saved: announced on the first screen, and used."""
+    config = tiny(output, "train.resume=auto", "train.iterations=6", "train.lr=1e-5", "train.min_lr=1e-5")
+    (ran,) = run_all(workers, config)
+    assert ran[0].state["0 lr"][0] == pytest.approx(1e-5)
+
+
+def test_half_a_copy_is_told_at_the_start(output):
+    (output / "checkpoints" / "cloud" / step_name(4) / site_directory.MANIFEST).unlink()
+    with pytest.raises(ConfigError, match=r"cloud: .*cloud holds iter_0000004 without ldt.json, copied half"):
+        check_start(tiny(output, "train.resume=auto", "train.iterations=6"))
+
+
+def test_a_step_under_another_number(output):
+    directory = output / "checkpoints" / "edge"
+    (directory / step_name(4)).rename(directory / step_name(9))
+    with pytest.raises(ConfigError, match=r"iter_0000009 was saved after step 4; give it its name"):
+        check_start(tiny(output, "train.resume=auto", "train.iterations=16"))
+
+
 def test_a_run_that_has_ended(workers, output):
     assert "is the checkpoint after step 4, and train.iterations is 4; raise it" in refusal(
         workers, output, "train.iterations=4"
@@ -219,7 +262,8 @@ def test_steps_of_an_abandoned_future(workers, output):
         json.loads((path / site_directory.MANIFEST).read_text())["run"]
         for path in output.glob(f"checkpoints/*/{step_name(4)}")
     }
-    assert len(ran[0].losses) == 2 and len(runs) == 1 and not list(output.glob("checkpoints/*/abandoned*"))
+    assert len(ran[0].losses) == 2 and len(runs) == 1
+    assert [path.name for path in output.glob("checkpoints/*/abandoned*")] == ["abandoned_iter_0000004"], "0 keeps all"
 
 
 def no_space(output, limit):
@@ -228,7 +272,8 @@ def no_space(output, limit):
 
     warnings.simplefilter("ignore")
     os.environ.update(RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(site_ports()["edge"]))
-    process = loop.open_process(tiny(output, *ALONE), Site.EDGE)
+    wide = ("model.hidden_size=256", "model.num_layers=4")  # a checkpoint of 20 MB
+    process = loop.open_process(tiny(output, *ALONE, *wide), Site.EDGE)
     saving = saver(process.start, process.config, process.place)
     saving.save(process.trainee, 1, 0)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -239,10 +284,11 @@ def no_space(output, limit):
         return str(error)
 
 
-def test_no_space_left(workers, tmp_path):
+@pytest.mark.parametrize(("limit", "name"), [(4_200_000, "__0_0.distcp"), (10_000, ".iter_0000002.part")])
+def test_no_space_left(workers, tmp_path, limit, name):
     """A limit on the size of files stands for a full disk. The step before stays, the half one goes."""
-    (said,) = workers.run(no_space, [(tmp_path, 100_000)])
-    assert "__0_0.distcp cannot be written: File too large" in said
+    (said,) = workers.run(no_space, [(tmp_path, limit)])
+    assert f"{name} cannot be written: File too large" in said
     directory = tmp_path / "checkpoints" / "edge"
     assert steps(directory) == [1] and not list(directory.glob(".iter*"))
     manifest = read_manifest(directory / step_name(1))

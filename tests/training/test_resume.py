@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ldt_schedules.training.config import load_config
+from ldt_schedules.training.image_text.charts import default_charts
 from tests.training.checkpoint_runs import QUICKSTART, run_all, tiny, whole_tensors
 
 DROPOUT = "model.dropout=0.1"
@@ -85,6 +86,12 @@ def test_resume_into_other_sizes(workers, tmp_path, before, after, precision):
         assert worst <= (tolerance if "exp_avg" not in key else 5 * tolerance), (key, worst)
 
 
+@pytest.fixture(scope="module")
+def charts(tmp_path_factory):
+    """Drawn once for all runs."""
+    return default_charts(tmp_path_factory.mktemp("charts"))
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -94,9 +101,15 @@ def test_resume_into_other_sizes(workers, tmp_path, before, after, precision):
     ],
     ids=["plain", "tied, the cloud's ViT frozen, TP 1 and 2", "only the projector learns"],
 )
-def test_a_resumed_vision_language_run_is_bit_identical(workers, tmp_path, overrides):
+def test_a_resumed_vision_language_run_is_bit_identical(workers, tmp_path, charts, overrides):
     usual = ("train.iterations=4", "train.save_interval=2", "train.keep_checkpoints=0", "train.eval_interval=0")
-    usual += (f"train.output_dir={tmp_path}", "train.global_batch_size=4", "train.micro_batch_size=2", *overrides)
+    usual += (
+        f"data.path={charts}",
+        f"train.output_dir={tmp_path}",
+        "train.global_batch_size=4",
+        "train.micro_batch_size=2",
+        *overrides,
+    )
     config = QUICKSTART.with_name("qwen2_5_vl_tiny.yaml")
     whole, again = (load_config(config, [*usual, resume]) for resume in ("train.resume=never", "train.resume=2"))
     first, second = run_all(workers, whole, again)

@@ -17,9 +17,7 @@ from pickle import UnpicklingError  # noqa: F401 - torch.load asks a pickle modu
 from typing import Any
 
 _KEPT: dict[str, frozenset[str]] = {
-    "builtins": frozenset(
-        {"set", "frozenset", "slice", "complex", "bytearray", "range", "int", "float", "str", "bool"}
-    ),
+    "builtins": frozenset({"set", "frozenset", "slice", "complex", "int", "float", "str", "bool"}),
     "collections": frozenset({"OrderedDict", "defaultdict"}),
     "argparse": frozenset({"Namespace"}),
     "types": frozenset({"SimpleNamespace"}),
@@ -33,15 +31,16 @@ _KEPT: dict[str, frozenset[str]] = {
             for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
         }
     ),
-    "torch.storage": frozenset({"UntypedStorage"}),
     "torch._utils": frozenset({"_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter"}),
     "torch.serialization": frozenset({"_get_layout"}),
     "torch.distributed.checkpoint.metadata": frozenset(
         {"Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"}
-        | {"TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"}
+        | {"StorageMeta"}
     ),
     "torch.distributed.checkpoint.filesystem": frozenset({"_StorageInfo"}),
 }
+_OPEN_MODULES = ("argparse", "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+"""Their classes can be changed by whoever gets hold of them."""
 _REPLACED = ("torch.distributed.checkpoint.", "megatron.", "transformer_engine.", "pathlib", "signal")
 
 
@@ -74,14 +73,38 @@ class Inert:
     append = extend
 
 
+class _Properties(Inert):
+    """Of a tensor the index keeps its dtype, first of five."""
+
+    dtype: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.dtype = state["dtype"] if isinstance(state, dict) else state[0]
+
+
 class Unpickler(pickle.Unpickler):
-    """Raises Forbidden at the first name that is not allowed, before it is looked up."""
+    """Raises Forbidden at the first name that is not allowed, before it is looked up.
+
+    A pickle may also set attributes, of classes, too. So it gets subclasses, made for it alone.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._own: dict[tuple[str, str], Any] = {}
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._own:
+            self._own[module, name] = self._found(module, name)
+        return self._own[module, name]
+
+    def _found(self, module: str, name: str) -> Any:
         if name in _KEPT.get(module, ()):
-            return super().find_class(module, name)
+            kept = super().find_class(module, name)
+            return type(name, (kept,), {}) if module in _OPEN_MODULES else kept
+        if module.startswith("torch.distributed.checkpoint.") and name == "TensorProperties":
+            return type(name, (_Properties,), {})
         if module.startswith(_REPLACED):
-            return Inert
+            return type(name, (Inert,), {})
         raise Forbidden(f"{module}.{name}")
 
 

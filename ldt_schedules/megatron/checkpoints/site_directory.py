@@ -31,6 +31,7 @@ LATEST = "latest_checkpointed_iteration.txt"
 _STEP = re.compile(r"^iter_(\d{7,})$")
 _ASIDE = "abandoned_"
 _BLOCK = 1 << 22
+_PROBE_BYTES = 1 << 22
 _FORMAT = 1
 
 
@@ -126,8 +127,12 @@ def begin(directory: Path, iteration: int) -> Path:
         if part.exists():
             shutil.rmtree(part)
         part.mkdir()
+        # The small files are megatron-core's to write, on one process, and the others would wait for it: so no surprise there.
+        (part / "probe").write_bytes(bytes(_PROBE_BYTES))
+        (part / "probe").unlink()
     except OSError as error:
-        raise ConfigError(f"{part} cannot be made: {error.strerror}") from None
+        shutil.rmtree(part, ignore_errors=True)
+        raise ConfigError(f"{part} cannot be written: {error.strerror}") from None
     return part
 
 
@@ -140,8 +145,7 @@ def publish(part: Path, manifest: Manifest) -> Path:
     target = part.parent / step_name(manifest.iteration)
     try:
         _write(part / MANIFEST, json.dumps(asdict(manifest), indent=1))
-        for path in (*part.iterdir(), part):
-            _sync(path)
+        sync_tree(part)
         os.rename(part, target)
         _sync(part.parent)
         _replace(part.parent / LATEST, str(manifest.iteration))
@@ -150,27 +154,49 @@ def publish(part: Path, manifest: Manifest) -> Path:
     return target
 
 
-def set_aside(directory: Path, iteration: int) -> None:
-    """Rename what an earlier run saved after `iteration`, from where this one goes on.
+def incomplete(directory: Path) -> list[str]:
+    """Directories named as a step that are none: copied half, or another program's."""
+    named = (path.name for path in directory.iterdir()) if directory.is_dir() else ()
+    return sorted(name for name in named if _STEP.match(name) and not (directory / name / MANIFEST).is_file())
 
-    Under their names they would be taken for this run's: as the newest, or as the other half of a step of this run.
+
+def set_aside(directory: Path, iteration: int) -> list[str]:
+    """Rename what an earlier run saved after `iteration`, from where this one goes on; their new names.
+
+    Under their old ones they would be taken for this run's: as the newest, or as the other half of a step of this run.
     """
+    renamed = []
     for newer in (step for step in steps(directory) if step > iteration):
         old = directory / step_name(newer)
-        shutil.rmtree(old.with_name(_ASIDE + old.name), ignore_errors=True)
-        old.rename(old.with_name(_ASIDE + old.name))
+        aside = old.with_name(_ASIDE + old.name)
+        shutil.rmtree(aside, ignore_errors=True)
+        old.rename(aside)
+        renamed.append(aside.name)
+    if renamed:
+        _replace(directory / LATEST, str(iteration))
+    return renamed
 
 
 def forget_older(directory: Path, keep: int) -> None:
-    """Remove all but the newest `keep` steps (0 keeps all), what was set aside, and what killed processes left."""
-    for left in (*directory.glob(".iter_*.part"), *directory.glob(f"{_ASIDE}iter_*")):
+    """Remove what killed processes left, and all but the newest `keep` steps, with what was set aside; 0 keeps all."""
+    for left in directory.glob(".iter_*.part"):
         shutil.rmtree(left, ignore_errors=True)
-    for iteration in steps(directory)[:-keep] if keep else ():
+    if not keep:
+        return
+    for aside in directory.glob(f"{_ASIDE}iter_*"):
+        shutil.rmtree(aside, ignore_errors=True)
+    for iteration in steps(directory)[:-keep]:
         old = directory / step_name(iteration)
         # Not half a step under its own name, should this process die here.
         gone = directory / f".{old.name}.part"
         os.rename(old, gone)
         shutil.rmtree(gone, ignore_errors=True)
+
+
+def sync_tree(directory: Path) -> None:
+    """To the disk: every file of a directory, then their names."""
+    for path in (*directory.iterdir(), directory):
+        _sync(path)
 
 
 def read_manifest(step: Path, site: str | None = None) -> Manifest:
@@ -185,6 +211,11 @@ def read_manifest(step: Path, site: str | None = None) -> Manifest:
         raise ConfigError(f"{path} is damaged ({error}); use an older step") from None
     if manifest.format != _FORMAT:
         raise ConfigError(f"{path} is of format {manifest.format}, known is {_FORMAT}; use the version that wrote it")
+    named = _STEP.match(step.resolve().name)
+    if named and int(named[1]) != manifest.iteration:
+        raise ConfigError(
+            f"{step} was saved after step {manifest.iteration}; give it its name, {step_name(manifest.iteration)}"
+        )
     if site is not None and manifest.site != site:
         raise ConfigError(
             f"{step} is the {manifest.site}'s checkpoint, this is the {site}; give the {site}'s own directory"

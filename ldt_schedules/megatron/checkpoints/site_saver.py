@@ -9,23 +9,19 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from ldt_schedules import device
-from ldt_schedules.errors import ConfigError
 from ldt_schedules.megatron.checkpoints import site_directory
 from ldt_schedules.megatron.checkpoints.site_directory import FileInfo, Manifest, Saved
 from ldt_schedules.megatron.checkpoints.site_state import Trainee, state_to_save
-from ldt_schedules.megatron.checkpoints.strategies import SaveInParts, gathered
-
-_T = TypeVar("_T")
+from ldt_schedules.megatron.checkpoints.strategies import SaveInParts, on_first
 
 
 @dataclass
@@ -78,7 +74,7 @@ class SiteSaver:
                 # It would warn of a process that has no layers, and whose common state is shorter. The first one's is kept.
                 preprocess_common_before_consistancy_check=lambda common: {},
             )
-        except ConfigError:
+        except Exception:
             self._give_up(part)
             raise
         if self.in_background:
@@ -110,7 +106,7 @@ class SiteSaver:
             for finalize in pending.request.finalize_fns if pending.request is not None else ():
                 finalize()
             path = on_first(lambda: self._publish(pending))
-        except ConfigError:
+        except Exception:
             self._give_up(pending.part)
             raise
         total = sum(file.num_bytes for file in pending.strategy.written)
@@ -121,24 +117,11 @@ class SiteSaver:
         known = {file.name: FileInfo(file.num_bytes, file.sha256) for file in pending.strategy.written}
         files = site_directory.describe_files(pending.part, known)
         path = site_directory.publish(pending.part, replace(pending.manifest, files=files))
-        site_directory.forget_older(self.directory, self.keep)
+        # While this process writes in the background it may be two steps ahead of one of the other site.
+        site_directory.forget_older(self.directory, self.keep + (self.in_background and self.keep > 0))
         return path
 
     def _give_up(self, part: Path) -> None:
         """What is half written only takes space."""
         if dist.get_rank() == 0:
             shutil.rmtree(part, ignore_errors=True)
-
-
-def on_first(work: Callable[[], _T]) -> _T:
-    """Let the site's first process do something to its files; all get the result, or its ConfigError."""
-    outcome: tuple[str, Any] = ("result", None)
-    if dist.get_rank() == 0:
-        try:
-            outcome = ("result", work())
-        except ConfigError as error:
-            outcome = ("error", str(error))
-    kind, value = gathered(outcome)[0]
-    if kind == "error":
-        raise ConfigError(value)
-    return value  # type: ignore[no-any-return]

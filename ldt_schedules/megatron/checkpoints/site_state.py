@@ -12,6 +12,7 @@ The structure and every key are those of Megatron-LM's own checkpoints (megatron
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +30,11 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from ldt_schedules.errors import ConfigError
 from ldt_schedules.megatron.checkpoints.random_states import random_states, set_random_states
-from ldt_schedules.megatron.checkpoints.strategies import fill, find, gathered, shards_of
+from ldt_schedules.megatron.checkpoints.strategies import fill, find, gathered, kinds_of, shards_of, unasked
 from ldt_schedules.megatron.checkpoints.torch_dist import TorchDistCheckpoint
 from ldt_schedules.megatron.chunks import bare_module
 from ldt_schedules.megatron.compatibility import call_with_known
-from ldt_schedules.megatron.parameter_groups import matching, union_of_groups
+from ldt_schedules.megatron.parameter_groups import union_of_groups
 
 RNG = "rng_state"
 _MAX_LISTED = 20
@@ -81,33 +82,44 @@ def state_to_save(trainee: Trainee, iteration: int) -> dict[str, Any]:
     return {**state, "iteration": iteration, "checkpoint_version": 3.0}
 
 
-def load_state(trainee: Trainee, checkpoint: TorchDistCheckpoint) -> None:
+def load_state(
+    trainee: Trainee,
+    checkpoint: TorchDistCheckpoint,
+    num_layers: Mapping[str, int] | None = None,
+    schedule_steps: int | None = None,
+) -> None:
     """Fill a process's part in place. A collective of the site: what one process misses, all refuse.
 
+    Learning rates, weight decay and the like are the optimizer's own: a run's config says them, not what was saved.
+
+    Args:
+        num_layers: the beginning of layers' keys -> how many the model has; then layers that it has not are refused.
+        schedule_steps: how far the learning-rate schedule is; None: as the checkpoint says. (Megatron-LM counts samples.)
+
     Raises:
-        ConfigError: tensors are missing or of another shape (listed, before anything is changed), or a file is damaged.
+        ConfigError: tensors are missing, too many or of another shape (listed, before anything is changed), or a file that no
+            digest covers is found damaged while it is read.
     """
-    common, needed = checkpoint.common, set()
-    if trainee.inner_optimizer is not None:
-        needed = {"optimizer", "opt_param_scheduler"}
-    if not needed <= common.keys():
-        raise ConfigError(
-            f"{checkpoint.path} holds weights alone, no optimizer; set train.finetune=true to start from them"
-        )
+    common = checkpoint.common
     state = _sharded(trainee, loading=True)
     factories, _ = extract_matching_values(state, _is_factory, return_lists_as_dicts=True)
-    shards = shards_of(state)
-    wanted, problems = find(shards, checkpoint)
+    wanted, problems = find(shards_of(state), checkpoint)
+    inner = trainee.inner_optimizer
+    if inner is not None and not {"optimizer", "opt_param_scheduler"} <= common.keys():
+        problems = ["the optimizer's state: it holds weights alone; set train.finetune=true to start from them"]
+    if num_layers is not None:
+        kinds = {kind for everybody in gathered(kinds_of(wanted)) for kind in everybody}
+        problems += unasked(kinds, checkpoint, num_layers)
     _refuse(checkpoint, problems)
     with checkpoint.reading() as reader:
         fill(wanted, reader)
-    inner = trainee.inner_optimizer
     if isinstance(inner, DistributedOptimizer):
         _take_slices(inner, state["optimizer"], factories.get("optimizer", {}))
     if inner is not None:
         _finish_optimizer(inner, common["optimizer"])
     if trainee.scheduler is not None and "opt_param_scheduler" in common:
-        trainee.scheduler.load_state_dict(common["opt_param_scheduler"])
+        steps = {} if schedule_steps is None else {"num_steps": schedule_steps}
+        trainee.scheduler.load_state_dict({**common["opt_param_scheduler"], **steps})
 
 
 def _share_common_part(state: dict[str, Any]) -> None:
@@ -141,13 +153,17 @@ def _common_part(optimizer_state: dict[str, Any] | None) -> dict[str, Any] | Non
     return {"optimizer": kept, **scaler}
 
 
-def load_random_states(checkpoint: TorchDistCheckpoint) -> None:
-    """Those of this process, from a checkpoint of a world of the same sizes. Raises ConfigError: they are not there."""
+def load_random_states(checkpoint: TorchDistCheckpoint) -> bool:
+    """Those of this process, from a checkpoint of a world of the same sizes; False where they are of another device.
+
+    Raises:
+        ConfigError: they are not there.
+    """
     key = _of_this_process(None).unique_key
     if key not in checkpoint.objects:
         raise ConfigError(f"{checkpoint.path} has no {key}, the random states of this process")
     with checkpoint.reading() as reader:
-        set_random_states(reader.object(key))
+        return set_random_states(reader.object(key))
 
 
 def _of_this_process(value: Any) -> ShardedObject:
@@ -197,10 +213,7 @@ def _initialize(inner: Any) -> None:
 
 
 def _finish_optimizer(inner: Any, common: dict[str, Any]) -> None:
-    """After the tensors: hyperparameters, step count, loss scale."""
-    groups = inner.optimizer.param_groups
-    for group, loaded in zip(groups, matching(groups, _groups(common)), strict=True):
-        group.update({key: value for key, value in loaded.items() if key in group and key != "params"})
+    """After the tensors: step count and loss scale."""
     _set_step(inner.optimizer, _step(common))
     if getattr(inner, "grad_scaler", None) is not None and "grad_scaler" in common:
         inner.grad_scaler.load_state_dict(common["grad_scaler"])

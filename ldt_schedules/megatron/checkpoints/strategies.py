@@ -10,7 +10,7 @@ keeps a second copy of each tensor that a factory cuts.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,8 +27,15 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.base import AsyncSaveShardedStrategy
 
+from ldt_schedules.errors import ConfigError
+from ldt_schedules.megatron.checkpoints.layer_keys import is_stacked, layer_key
 from ldt_schedules.megatron.checkpoints.torch_dist import BACKEND, Region, TensorReader, TorchDistCheckpoint
-from ldt_schedules.megatron.checkpoints.torch_dist_writer import ChunkWriter, WrittenFile, file_name, write_index
+from ldt_schedules.megatron.checkpoints.torch_dist_writer import (
+    ChunkWriter,
+    WrittenFile,
+    file_name,
+    write_index,
+)
 
 _T = TypeVar("_T")
 
@@ -38,6 +45,20 @@ def gathered(mine: _T) -> list[_T]:
     everybody: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everybody, mine)
     return everybody
+
+
+def on_first(work: Callable[[], _T]) -> _T:
+    """Let the site's first process do something to its files; all get the result, or its failure as a ConfigError."""
+    outcome: tuple[str, Any] = ("result", None)
+    if dist.get_rank() == 0:
+        try:
+            outcome = ("result", work())
+        except Exception as error:
+            outcome = ("error", str(error))
+    kind, value = gathered(outcome)[0]
+    if kind == "error":
+        raise ConfigError(value)
+    return value  # type: ignore[no-any-return]
 
 
 @dataclass
@@ -83,9 +104,8 @@ class SaveInParts(AsyncSaveShardedStrategy):
         failed = [one for one in outcomes if isinstance(one, Exception)]
         if failed:
             raise failed[0]
-        self.written = tuple(one for one in outcomes if isinstance(one, WrittenFile))
-        if dist.get_rank() == 0:
-            write_index(directory, self.written)
+        self.written = written = tuple(one for one in outcomes if isinstance(one, WrittenFile))
+        on_first(lambda: write_index(directory, written))
 
 
 @dataclass(frozen=True)
@@ -180,20 +200,63 @@ def find(shards: Iterable[Any], checkpoint: TorchDistCheckpoint) -> tuple[list[W
     return wanted, problems
 
 
+_MOST_PADDING = 1024
+"""Rows: 128, Megatron's unit of a padded vocabulary, times 8 tensor-parallel processes."""
+
+
 def _mismatch(shard: Any, checkpoint: TorchDistCheckpoint, region: Region) -> str:
     """What is wrong with the tensor that `region` is of, for this shard; empty if nothing is.
 
     A padded vocabulary (`allow_shape_mismatch`) may have other rows.
     """
     whole, wanted = checkpoint.shape_of(region), tuple(shard.global_shape)
-    fits = whole[1:] == wanted[1:] if shard.allow_shape_mismatch and len(whole) == len(wanted) else whole == wanted
-    if not fits:
+    padded = shard.allow_shape_mismatch and len(whole) == len(wanted) and abs(whole[0] - wanted[0]) < _MOST_PADDING
+    if not (whole[1:] == wanted[1:] if padded else whole == wanted):
         return f"{list(whole)}, the model has {list(wanted)}"
+    problem = checkpoint.uncovered(region.key)
+    if problem:
+        return problem
     problems = {checkpoint.missing_bytes(chunk.stored) for chunk in checkpoint.tensors[region.key].chunks}
     return next(iter(sorted(problems - {""})), "")
 
 
-def fill(wanted: Iterable[Wanted], reader: TensorReader, done: Callable[[Wanted], None] | None = None) -> None:
+def kinds_of(wanted: Iterable[Wanted]) -> set[str]:
+    """Keys of layers without their number."""
+    return {kind for one in wanted if (kind := _kind(one.shard.key)) is not None}
+
+
+def unasked(kinds: Collection[str], checkpoint: TorchDistCheckpoint, num_layers: Mapping[str, int]) -> list[str]:
+    """Weights of layers that the model has not: of a kind that no layer has, or of layers behind its last.
+
+    What is in no layer may be the other site's.
+
+    Args:
+        kinds: of all processes of the site (`kinds_of`); none, and nothing is said.
+        num_layers: the beginning of layers' keys (`decoder.`) -> how many the whole model has.
+    """
+    found = []
+    for key, tensor in checkpoint.tensors.items() if kinds else ():
+        if key.startswith("optimizer.") or (kind := _kind(key)) is None:
+            continue
+        count = next((count for start, count in num_layers.items() if key.startswith(start)), None)
+        layer = layer_key(key)
+        held = tensor.shape[0] if layer is None else layer.layer + 1
+        if kind not in kinds:
+            found.append(f"{key}: not in the model")
+        elif count is not None and (held > count or (layer is None and held != count)):
+            found.append(f"{key}: of {held} layers, the model has {count}")
+    return found
+
+
+def _kind(key: str) -> str | None:
+    """A layer's key without its number; None of what is in no layer."""
+    layer = layer_key(key)
+    if layer is not None:
+        return layer.stacked
+    return key if is_stacked(key) else None
+
+
+def fill(wanted: Iterable[Wanted], reader: TensorReader) -> None:
     """Read each region into its shard's own memory.
 
     Raises:
@@ -208,5 +271,3 @@ def fill(wanted: Iterable[Wanted], reader: TensorReader, done: Callable[[Wanted]
                 reader.fill(target, one.region)
             else:
                 target.copy_(reader.read(one.region).flatten()[flat])
-            if done is not None:
-                done(one)

@@ -113,6 +113,16 @@ class TorchDistCheckpoint:
         shape = self.tensors[region.key].shape
         return shape if region.stacked is None else shape[1:]
 
+    def uncovered(self, key: str) -> str:
+        """What is wrong with the chunks of a tensor; empty if they make it up, each element once.
+
+        What no chunk holds would be read as whatever was in memory.
+        """
+        stored = self.tensors[key]
+        if _tile(stored.chunks, stored.shape, 0):
+            return ""
+        return f"{self.path}: the parts of {key} do not make up a tensor of {list(stored.shape)}; copy the checkpoint again"
+
     def missing_bytes(self, stored: Stored) -> str:
         """What is wrong with the file in which something lies, as far as its size tells; empty if nothing is."""
         path = self.path / stored.file
@@ -272,19 +282,29 @@ def _index(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Stored]]:
                 objects[key] = where[key, None]
                 continue
             chunks = tuple(Chunk(tuple(c.offsets), tuple(c.sizes), where[key, c.offsets]) for c in entry.chunks)
-            tensors[key] = StoredTensor(tuple(entry.size), entry.properties.dtype, chunks)
+            if not all(len(one.offsets) == len(one.shape) == len(entry.size) for one in chunks):
+                raise ValueError(f"{key}: parts of other dimensions")
+            tensors[key] = StoredTensor(tuple(entry.size), _dtype(entry.properties.dtype), chunks)
         return tensors, objects
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{path / METADATA} is damaged ({error!r}); copy the checkpoint again") from None
 
 
 def _stored(path: Path, info: Any) -> Stored:
     name, descriptors = str(info.relative_path), getattr(info, "transform_descriptors", None)
-    if Path(name).name != name:
+    if Path(name).name != name or name in ("", ".", ".."):
         raise ConfigError(f"{path / METADATA} names a file outside its directory: {name}")
     if descriptors:
         raise ConfigError(f"{path} is compressed or encrypted ({', '.join(descriptors)}), which is not read")
+    if min(info.offset, info.length) < 0:
+        raise ValueError(f"a part of {name} begins or ends before it")
     return Stored(name, int(info.offset), int(info.length))
+
+
+def _dtype(given: Any) -> torch.dtype:
+    if not isinstance(given, torch.dtype):
+        raise TypeError(f"{given!r} is no dtype")
+    return given
 
 
 def _unpickled(path: Path, load: Any) -> Any:
@@ -302,6 +322,21 @@ def _unpickled(path: Path, load: Any) -> Any:
     except Exception as error:  # whatever a damaged pickle or archive makes of itself
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"{path} is damaged ({first}); copy the checkpoint again") from None
+
+
+def _tile(chunks: Sequence[Chunk], shape: Shape, dim: int) -> bool:
+    """Do the chunks make up the dimensions from `dim` on, cut along one after the other?"""
+    if dim == len(shape):
+        return len(chunks) == 1
+    slabs: dict[tuple[int, int], list[Chunk]] = {}
+    for chunk in chunks:
+        slabs.setdefault((chunk.offsets[dim], chunk.shape[dim]), []).append(chunk)
+    at = 0
+    for start, size in sorted(slabs):
+        if start != at or not _tile(slabs[start, size], shape, dim + 1):
+            return False
+        at += size
+    return at == shape[dim]
 
 
 def _overlap(

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from ldt_schedules.errors import ConfigError
 from ldt_schedules.megatron.checkpoints.site_directory import MANIFEST, Manifest, problems_of, read_manifest
 from ldt_schedules.megatron.checkpoints.strategies import gathered
+from ldt_schedules.megatron.checkpoints.torch_dist import COMMON, METADATA
 
 
 def verify(step: Path) -> Manifest | None:
@@ -21,7 +22,8 @@ def verify(step: Path) -> Manifest | None:
         return None
     manifest = read_manifest(step)
     mine = sorted(manifest.files.items())[dist.get_rank() :: dist.get_world_size()]
-    problems = [problem for everybody in gathered(problems_of(step, mine)) for problem in everybody]
+    unlisted = [f"{step / MANIFEST}: has no {name}" for name in (METADATA, COMMON) if name not in manifest.files]
+    problems = unlisted + [problem for everybody in gathered(problems_of(step, mine)) for problem in everybody]
     if problems:
         raise ConfigError(
             "the checkpoint is damaged; use another step, or copy it again:\n  " + "\n  ".join(sorted(problems))

@@ -5,6 +5,7 @@ merging.py           two sites -> stock Megatron
 splitting.py         stock Megatron -> one site;   huggingface_splitting.py: the same of a Hugging Face directory
 from_huggingface.py  to_huggingface.py
 assembling.py        writes the result of each
+module_states.py     what lies beside tensors: states of modules, read without running anything
 parameter_keys.py    how a checkpoint spells the names of parameters
 common_state.py      megatron_arguments.py   plain_values.py: what Megatron looks for beside tensors
 """

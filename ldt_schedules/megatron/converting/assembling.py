@@ -17,6 +17,7 @@ import torch
 
 from ldt_schedules.errors import ConfigError
 from ldt_schedules.megatron.checkpoints.layer_keys import layer_key
+from ldt_schedules.megatron.checkpoints.site_directory import sync_tree
 from ldt_schedules.megatron.checkpoints.torch_dist_writer import ChunkWriter, file_name, write_common, write_index
 from ldt_schedules.megatron.converting.parts import layer_counts, stacked_object_key
 from ldt_schedules.megatron.converting.step_paths import directory_name, write_latest
@@ -24,8 +25,9 @@ from ldt_schedules.megatron.converting.step_paths import directory_name, write_l
 Progress = Callable[[int, int], None]
 """Called with the bytes that are written and those that are to be, of tensors."""
 
-NO_STATE = object()
-"""Stands for the state of a module that has none."""
+
+def no_state() -> None:
+    """Of a module that has none."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ def appearing(out: Path) -> Iterator[Path]:
     Raises:
         ConfigError: `out` is not empty, or cannot be written.
     """
+    out = out.resolve()  # `.` has no name
     check_out(out)
     part = out.with_name(f".{out.name}.part")
     try:
@@ -73,11 +76,23 @@ def appearing(out: Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         part.mkdir()
         yield part
+        for directory in (*(path for path in part.rglob("*") if path.is_dir()), part):
+            sync_tree(directory)
         os.rename(part, out)
+        _sync_names(out.parent)
     except OSError as error:
         raise ConfigError(f"{error.filename or part} cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _sync_names(directory: Path) -> None:
+    """To the disk: what is in a directory, not the content of that."""
+    number = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def check_out(out: Path) -> None:
@@ -90,7 +105,7 @@ def write_checkpoint(
     out: Path,
     iteration: int,
     tensors: Mapping[str, Tensor],
-    objects: Mapping[str, Callable[[], bytes] | object],
+    objects: Mapping[str, Callable[[], Any]],
     common: dict[str, Any],
     *,
     stacked: bool,
@@ -99,7 +114,7 @@ def write_checkpoint(
     """A directory with one step, in Megatron's format.
 
     Args:
-        objects: pickles as they lie in another checkpoint, or NO_STATE.
+        objects: states of modules: plain values, as `module_states` reads them, or `no_state`.
         stacked: layers under one key, as stock Megatron has them; else a key for each, as a site.
     """
     counts = layer_counts(tensors)
@@ -110,10 +125,7 @@ def write_checkpoint(
             _write_tensors(writer, tensors, counts if stacked else {}, progress)
             for key, value in objects.items():
                 name = stacked_object_key(key, _layers_beside(key, counts)) if stacked else key
-                if callable(value):
-                    writer.put_bytes(name, value())
-                else:
-                    writer.put_object(name, [None])  # a list, as megatron-core does
+                writer.put_object(name, [value()])  # a list, as megatron-core does
         assert writer.written is not None
         write_common(step, common)
         write_index(step, [writer.written])

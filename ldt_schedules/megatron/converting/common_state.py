@@ -1,6 +1,7 @@
 """The common state of a converted checkpoint: what is equal in all processes, for stock Megatron or for a site.
 
-    iteration, checkpoint_version, opt_param_scheduler, num_floating_point_operations_so_far    as they were
+    iteration, checkpoint_version, num_floating_point_operations_so_far     as they were
+    opt_param_scheduler in samples, as Megatron-LM counts; a site's own, which has a manifest, counts the optimizer's steps
     optimizer           groups of parameters: those of both sites, each kind once; step count; loss scale
     args                megatron_arguments.py
     content_metadata    how the optimizer's state is laid out (megatron-core 0.13 and later ask)
@@ -14,12 +15,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ldt_schedules.errors import ConfigError
+from ldt_schedules.megatron.checkpoints.site_directory import MANIFEST, Manifest
 from ldt_schedules.megatron.converting.megatron_arguments import namespace
 from ldt_schedules.megatron.converting.plain_values import plain_items
 from ldt_schedules.megatron.parameter_groups import union_of_groups
 
 _AS_THEY_WERE = ("iteration", "checkpoint_version", "num_floating_point_operations_so_far")
 _SCHEDULER, _OPTIMIZER = "opt_param_scheduler", "optimizer"
+_DONE, _LENGTHS = "num_steps", ("lr_warmup_steps", "lr_decay_steps", "wd_incr_steps")
+_BATCH = "train.global_batch_size"
 _LAYOUT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 _OF_DISTRIBUTED = {**_LAYOUT, "distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -44,6 +48,29 @@ def converted_state(states: Sequence[State], arguments: Mapping[str, Any], *, op
         if "param_state_sharding_type" in optimizers[0]:
             found["content_metadata"] = _OF_DISTRIBUTED
     return {**found, "args": namespace(arguments, optimizer=optimizer)}
+
+
+def in_samples(state: State, manifest: Manifest | None) -> dict[str, Any]:
+    """The same state, with a schedule that counts samples (see Megatron's OptimizerParamScheduler: a step adds the batch size).
+
+    Args:
+        manifest: of a checkpoint of our trainer, whose schedule counts the optimizer's steps; None: Megatron-LM's own loop
+            has saved it, and it is in samples already.
+
+    Raises:
+        ConfigError: the manifest does not say how many samples a step has.
+    """
+    schedule = state.get(_SCHEDULER)
+    if manifest is None or not isinstance(schedule, dict):
+        return dict(state)
+    batch = manifest.settings.get(_BATCH)
+    if not isinstance(batch, int) or batch < 1:
+        raise ConfigError(
+            f"{MANIFEST} of the {manifest.site} says {_BATCH} {batch!r}, so the schedule of the learning rate cannot be "
+            "counted in samples; give --weights-only"
+        )
+    lengths = {key: schedule[key] * batch for key in _LENGTHS if key in schedule}
+    return {**state, _SCHEDULER: {**schedule, **lengths, _DONE: manifest.consumed_samples}}
 
 
 def same_step(states: Sequence[State]) -> None:

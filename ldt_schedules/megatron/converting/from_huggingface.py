@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from ldt_schedules.megatron.converting.assembling import (
-    NO_STATE,
     Converted,
     Progress,
     Tensor,
     check_out,
+    no_state,
     write_checkpoint,
 )
 from ldt_schedules.megatron.converting.common_state import converted_state
@@ -39,7 +39,7 @@ def from_huggingface(source: Path, out: Path, progress: Progress) -> Converted:
     common = converted_state([{"iteration": 0}], arguments, optimizer=False)
     with directory.reading() as read:
         tensors = {checkpoint_key(name): _tensor(directory, pair, read) for name, pair in pairs.items()}
-        objects = dict.fromkeys(stateless_objects(pairs), NO_STATE)
+        objects = dict.fromkeys(stateless_objects(pairs), no_state)
         write_checkpoint(out, 0, tensors, objects, common, stacked=True, progress=progress)
     return Converted(
         out=str(out),

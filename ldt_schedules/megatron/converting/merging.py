@@ -5,7 +5,14 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from ldt_schedules.megatron.converting.assembling import Converted, Progress, Tensor, check_out, write_checkpoint
+from ldt_schedules.megatron.converting.assembling import (
+    Converted,
+    Progress,
+    Tensor,
+    check_out,
+    no_state,
+    write_checkpoint,
+)
 from ldt_schedules.megatron.converting.common_state import converted_state
 from ldt_schedules.megatron.converting.parts import reading
 from ldt_schedules.megatron.converting.sites import Model, open_sites
@@ -19,6 +26,8 @@ _NO_HEADS = (
 def merge(edge: Path, cloud: Path, out: Path, progress: Progress, weights_only: bool = False) -> Converted:
     """Write `out/iter_…`, one layer's tensor after the other.
 
+    The schedule is in samples, as Megatron-LM counts; states of modules are empty in weights alone.
+
     Raises:
         ConfigError: see `sites.open_sites` and `assembling.appearing`.
     """
@@ -28,7 +37,7 @@ def merge(edge: Path, cloud: Path, out: Path, progress: Progress, weights_only: 
     common = converted_state(model.states, arguments, optimizer=model.optimizer)
     with reading() as reader:
         tensors = {key: Tensor(part.num_bytes, partial(reader.tensor, part)) for key, part in model.parts.items()}
-        objects = {key: partial(reader.raw, one) for key, one in model.objects.items()}
+        objects = {key: no_state if weights_only else partial(reader.state, one) for key, one in model.objects.items()}
         write_checkpoint(out, model.iteration, tensors, objects, common, stacked=True, progress=progress)
     return _converted(out, model, arguments)
 

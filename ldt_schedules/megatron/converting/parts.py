@@ -10,21 +10,25 @@ modules, carry their place in their key: `…._extra_state/shard_3_6` is layer 3
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ldt_schedules.errors import ConfigError
 from ldt_schedules.megatron.checkpoints.layer_keys import is_stacked, key_of_layer, layer_key
-from ldt_schedules.megatron.checkpoints.torch_dist import Region, Stored, TensorReader, TorchDistCheckpoint
+from ldt_schedules.megatron.checkpoints.torch_dist import Region, TensorReader, TorchDistCheckpoint
+from ldt_schedules.megatron.converting.module_states import module_state
 
 EMBEDDING = "embedding.word_embeddings.weight"
 _OF_OPTIMIZER = re.compile(r"^(?:chained_\d+\.)?optimizer\.")
+_OF_CHAINED = re.compile(r"^chained_\d+\.optimizer\.")
 _PARAMETER_STATE = re.compile(r"^optimizer\.state\.[^.]+\.(?P<key>.+)$")
-_SHARD = re.compile(r"^(?P<key>.+)/shard_(?P<offset>[\d.]+)_(?P<shape>[\d.]+)$")
+_SHARD = re.compile(r"^(?P<key>.+)/shard_(?P<offset>\d+(?:\.\d+)*)_(?P<shape>\d+(?:\.\d+)*)$")
 _STATE_OF_MODULE = "._extra_state"
 _LANGUAGE, _VISION = ("decoder.", "language.decoder."), "vision."
 _MAX_LISTED = 12
@@ -48,29 +52,26 @@ class Part:
 
 @dataclass(frozen=True)
 class ObjectPart:
-    """A module's state."""
+    """A module's state, and the key under which the checkpoint has it."""
 
     checkpoint: TorchDistCheckpoint
-    stored: Stored
+    key: str
 
 
 def parts_of(checkpoint: TorchDistCheckpoint, weights_only: bool = False) -> dict[str, Part]:
     """Key -> part; keys of layers are numbered.
 
     Raises:
-        ConfigError: the optimizer's tensors are not those of parameters.
+        ConfigError: the optimizer's tensors are not those of parameters; or the files do not hold what the index promises.
     """
     parts: dict[str, Part] = {}
     for key, tensor in checkpoint.tensors.items():
         if weights_only and is_of_optimizer(key):
             continue
         if is_of_optimizer(key) and _PARAMETER_STATE.match(key) is None:
-            raise ConfigError(
-                f"{checkpoint.path} has the optimizer's state by its place in a buffer ({key}); save it with "
-                "--dist-ckpt-optim-fully-reshardable (up to megatron-core 0.13: --ckpt-fully-parallel-save), or give "
-                "--weights-only"
-            )
-        if is_stacked(key):
+            raise ConfigError(_unreadable_state(checkpoint, key))
+        _check_stored(checkpoint, key)  # before as many parts are made as the index says there are layers
+        if is_stacked(key) and tensor.shape:
             shape = tensor.shape[1:]
             for layer in range(tensor.shape[0]):
                 parts[key_of_layer(key, layer)] = Part(checkpoint, Region(key, (0,) * len(shape), shape, layer))
@@ -79,8 +80,40 @@ def parts_of(checkpoint: TorchDistCheckpoint, weights_only: bool = False) -> dic
     return parts
 
 
+def _unreadable_state(checkpoint: TorchDistCheckpoint, key: str) -> str:
+    if _OF_CHAINED.match(key):
+        return (
+            f"{checkpoint.path} has the state of several optimizers in a chain ({key}), as of a mixture of experts or of "
+            "--decoupled-lr; that is not read: give --weights-only"
+        )
+    return (
+        f"{checkpoint.path} has the optimizer's state by its place in a buffer ({key}); save it with "
+        "--dist-ckpt-optim-fully-reshardable (up to megatron-core 0.13: --ckpt-fully-parallel-save), or give --weights-only"
+    )
+
+
+def _check_stored(checkpoint: TorchDistCheckpoint, key: str) -> None:
+    """Raises ConfigError: the stored parts do not make up the tensor, or are longer than the files in which they lie."""
+    problem = checkpoint.uncovered(key)
+    for chunk in () if problem else checkpoint.tensors[key].chunks:
+        # At least an element in each row: nobody's layers are empty, and their number is to be true.
+        promised = math.prod(max(1, size) for size in chunk.shape) * checkpoint.tensors[key].dtype.itemsize
+        problem = problem or checkpoint.missing_bytes(chunk.stored)
+        if not problem and chunk.stored.length < promised:
+            problem = (
+                f"{checkpoint.path / chunk.stored.file} has {chunk.stored.length} bytes of {key}, its index promises "
+                f"{promised}; copy the checkpoint again"
+            )
+    if problem:
+        raise ConfigError(problem)
+
+
 def objects_of(checkpoint: TorchDistCheckpoint) -> dict[str, ObjectPart]:
-    """States of modules, keys of layers numbered. Random states and a loader's place are left out: they fit one layout."""
+    """States of modules, keys of layers numbered. Random states and a loader's place are left out: they fit one layout.
+
+    Raises:
+        ConfigError: a file is missing or cut off.
+    """
     found = {}
     for unique_key, stored in checkpoint.objects.items():
         shard = _SHARD.match(unique_key)
@@ -91,7 +124,10 @@ def objects_of(checkpoint: TorchDistCheckpoint) -> dict[str, ObjectPart]:
             layer, _, rest = shard["offset"].partition(".")
             key = key_of_layer(key, int(layer))
             place = f"/shard_{rest}_{shard['shape'].partition('.')[2]}" if rest else "/shard_0_1"
-        found[key + place] = ObjectPart(checkpoint, stored)
+        problem = checkpoint.missing_bytes(stored)
+        if problem:
+            raise ConfigError(problem)
+        found[key + place] = ObjectPart(checkpoint, unique_key)
     return found
 
 
@@ -188,9 +224,10 @@ class PartReader:
         """In the dtype of the checkpoint."""
         return self._reader(part.checkpoint).read(part.region)
 
-    def raw(self, part: ObjectPart) -> bytes:
-        """As it lies in the file: what is pickled stays pickled."""
-        return self._reader(part.checkpoint).bytes(part.stored)
+    def state(self, part: ObjectPart) -> Any:
+        """Of a module; see `module_states`. Raises ConfigError: it is not plain, or damaged."""
+        raw = self._reader(part.checkpoint).bytes(part.checkpoint.objects[part.key])
+        return module_state(raw, f"{part.key} in {part.checkpoint.path}")
 
     def _reader(self, checkpoint: TorchDistCheckpoint) -> TensorReader:
         if id(checkpoint) not in self._readers:
@@ -203,16 +240,3 @@ def reading() -> Iterator[PartReader]:
     """Files are opened when they are first needed, and stay open until the end."""
     with ExitStack() as stack:
         yield PartReader(stack)
-
-
-def check_files(parts: Mapping[str, Part]) -> None:
-    """Before anything is written. Raises ConfigError: a file is missing or cut off."""
-    seen = set()
-    for part in parts.values():
-        for chunk in part.checkpoint.tensors[part.region.key].chunks:
-            stored = chunk.stored
-            if (id(part.checkpoint), stored) not in seen:
-                seen.add((id(part.checkpoint), stored))
-                problem = part.checkpoint.missing_bytes(stored)
-                if problem:
-                    raise ConfigError(problem)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ldt_schedules.errors import ConfigError
 from ldt_schedules.megatron.checkpoints.site_directory import MANIFEST, Manifest, problems_of, read_manifest
 from ldt_schedules.megatron.checkpoints.torch_dist import open_checkpoint
-from ldt_schedules.megatron.converting.common_state import same_step
+from ldt_schedules.megatron.converting.common_state import in_samples, same_step
 from ldt_schedules.megatron.converting.megatron_arguments import arguments_of_checkpoint, arguments_of_settings
 from ldt_schedules.megatron.converting.parts import (
     EMBEDDING,
     ObjectPart,
     Part,
-    check_files,
     has_embedding,
     incomplete,
     is_of_optimizer,
@@ -26,6 +27,8 @@ from ldt_schedules.megatron.converting.parts import (
 )
 from ldt_schedules.megatron.converting.step_paths import Step, common_step, find_step
 
+_T = TypeVar("_T")
+
 
 @dataclass(frozen=True)
 class Model:
@@ -33,7 +36,7 @@ class Model:
 
     Attributes:
         parts: keys of layers are numbered.
-        states: common states; the edge's first.
+        states: common states; the edge's first. With the optimizer, its schedule is in samples.
         optimizer: its state is whole, and wanted.
         arguments: of the model, in Megatron-LM's names, as far as the checkpoint says.
         notes: what was left out.
@@ -72,19 +75,22 @@ def open_model(path: Path, weights_only: bool = False) -> Model:
         raise ConfigError(
             f"{step.path} is no whole model: missing is {listed(missing)}; if it is the edge's, merge it with the cloud's"
         )
-    check_files(parts)
     iteration = int(common.get("iteration", step.iteration))
     optimizer = not weights_only and "optimizer" in common
-    return Model(iteration, parts, objects_of(checkpoint), (common,), arguments, optimizer)
+    state = in_samples(common, _manifest(step)) if optimizer else common
+    return Model(iteration, parts, objects_of(checkpoint), (state,), arguments, optimizer)
 
 
 def open_sites(edge: Path, cloud: Path, weights_only: bool = False) -> Model:
     """What two sites saved of one step.
 
     Raises:
-        ConfigError: they are swapped, of different steps or runs, do not make a whole model together, or are damaged.
+        ConfigError: they are swapped, of different steps or runs, do not make a whole model together, or are damaged; or
+            there are links among their files.
     """
     steps = common_step(edge, cloud)
+    for step in steps:
+        _refuse_links(step)
     both = [open_checkpoint(step.path) for step in steps]
     manifests = [_manifest(step) for step in steps]
     parts = [parts_of(one, weights_only) for one in both]
@@ -94,25 +100,22 @@ def open_sites(edge: Path, cloud: Path, weights_only: bool = False) -> Model:
     same_step(states)
     arguments = {**_settings(steps[0], manifests[0]), **arguments_of_checkpoint(states[0])}
     merged, notes = _joined(steps, parts, arguments.get("num_layers"))
-    check_files(merged)
     for step, manifest in zip(steps, manifests, strict=True):
         problems = [] if manifest is None else problems_of(step.path, manifest.files.items())
         if problems:
             raise ConfigError(f"{problems[0]}; copy the checkpoint again")
-    objects = {**objects_of(both[0]), **objects_of(both[1])}
+    objects = _united(steps, *map(objects_of, both))
     iteration = int(states[0].get("iteration", steps[0].iteration))
     optimizer = not weights_only and not notes and any("optimizer" in state for state in states)
+    if optimizer:
+        states[0] = in_samples(states[0], manifests[0])  # the schedule is taken from the edge
     return Model(iteration, merged, objects, tuple(states), arguments, optimizer, notes)
 
 
 def _joined(
     steps: tuple[Step, Step], parts: list[dict[str, Part]], expected: int | None
 ) -> tuple[dict[str, Part], tuple[str, ...]]:
-    edge, cloud = parts
-    twice = sorted(edge.keys() & cloud.keys())
-    if twice:
-        raise ConfigError(f"{steps[0].path} and {steps[1].path} both hold {listed(twice)}; give two sites of one split")
-    whole = {**edge, **cloud}
+    whole = _united(steps, *parts)
     missing = incomplete(_weights(whole), expected)
     if missing:
         raise ConfigError(
@@ -122,6 +125,24 @@ def _joined(
         weights = {key: part for key, part in whole.items() if not is_of_optimizer(key)}
         return weights, ("the optimizer is left out: it has no state of layers that were not trained",)
     return whole, ()
+
+
+def _united(steps: tuple[Step, Step], edge: Mapping[str, _T], cloud: Mapping[str, _T]) -> dict[str, _T]:
+    """Raises ConfigError: both hold the same. Neither site may replace what is the other's."""
+    twice = sorted(edge.keys() & cloud.keys())
+    if twice:
+        raise ConfigError(f"{steps[0].path} and {steps[1].path} both hold {listed(twice)}; give two sites of one split")
+    return {**edge, **cloud}
+
+
+def _refuse_links(step: Step) -> None:
+    """What came from another site might name files of this one. Raises ConfigError: there are links, pipes or devices."""
+    for path in sorted(step.path.iterdir()):
+        mode = path.lstat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise ConfigError(
+                f"{path} is a link, a pipe or a device, not a file; put a file with the content in its place"
+            )
 
 
 def _is_frozen_embedding(whole: dict[str, Part]) -> bool:

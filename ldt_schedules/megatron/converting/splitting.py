@@ -7,7 +7,14 @@ from functools import partial
 from pathlib import Path
 
 from ldt_schedules.errors import ConfigError
-from ldt_schedules.megatron.converting.assembling import Converted, Progress, Tensor, check_out, write_checkpoint
+from ldt_schedules.megatron.converting.assembling import (
+    Converted,
+    Progress,
+    Tensor,
+    check_out,
+    no_state,
+    write_checkpoint,
+)
 from ldt_schedules.megatron.converting.common_state import converted_state
 from ldt_schedules.megatron.converting.parts import layers_among, parameter_key, reading
 from ldt_schedules.megatron.converting.sites import open_model
@@ -23,6 +30,9 @@ def split(
 ) -> Converted:
     """Write `out/iter_…` with what `site` holds, with its part of the optimizer.
 
+    The schedule stays in samples, as Megatron-LM counts; a run that starts from it, where there is no manifest, makes steps
+    of them. States of modules are empty in weights alone.
+
     Raises:
         ConfigError: see `sites.open_model` and `assembling.appearing`; or the layers are not those of the model.
     """
@@ -37,7 +47,7 @@ def split(
     common = converted_state(model.states, model.arguments, optimizer=model.optimizer)
     with reading() as reader:
         tensors = {key: Tensor(part.num_bytes, partial(reader.tensor, part)) for key, part in mine.items()}
-        states = {key: partial(reader.raw, one) for key, one in objects.items()}
+        states = {key: no_state if weights_only else partial(reader.state, one) for key, one in objects.items()}
         write_checkpoint(out, model.iteration, tensors, states, common, stacked=False, progress=progress)
     num_bytes = sum(part.num_bytes for part in mine.values())
     return Converted(str(out), model.iteration, len(layers_among(mine)), len(mine), num_bytes, model.optimizer)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldt_schedules.errors import ConfigError
-from ldt_schedules.megatron.checkpoints.site_directory import LATEST, newest_step, step_name
+from ldt_schedules.megatron.checkpoints.site_directory import LATEST, MANIFEST, newest_step, read_manifest, step_name
 from ldt_schedules.megatron.checkpoints.torch_dist import FORMAT, METADATA
 from ldt_schedules.megatron.checkpoints.torch_dist_writer import write_file
 
@@ -43,10 +43,10 @@ def find_step(path: Path) -> Step:
 
 
 def common_step(first: Path, second: Path) -> tuple[Step, Step]:
-    """The newest step that both have.
+    """The newest step that both have of one run, as their manifests say; the newest of all if there is no such.
 
     Raises:
-        ConfigError: they have none in common; both are named.
+        ConfigError: they have none in common (both are named), or a manifest is damaged.
     """
     ours, theirs = steps_in(first), steps_in(second)
     both = ours.keys() & theirs.keys()
@@ -55,7 +55,14 @@ def common_step(first: Path, second: Path) -> tuple[Step, Step]:
             f"{first} has step {_numbers(ours)} and {second} step {_numbers(theirs)}: weights of different steps are no "
             "model; give two checkpoints of the same step"
         )
-    return ours[max(both)], theirs[max(both)]
+    of_one_run = (number for number in sorted(both, reverse=True) if same_run(ours[number], theirs[number]))
+    chosen = next(of_one_run, max(both))
+    return ours[chosen], theirs[chosen]
+
+
+def same_run(*steps: Step) -> bool:
+    """Do the manifests name one run? A step without a manifest, of Megatron-LM's own loop, does not say."""
+    return len({read_manifest(step.path).run for step in steps if (step.path / MANIFEST).is_file()}) < 2
 
 
 def steps_in(path: Path) -> dict[int, Step]:

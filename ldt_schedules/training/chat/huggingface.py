@@ -65,7 +65,7 @@ class HuggingFaceChat:
         known = self.inner.get_vocab()
         self.inner.add_tokens([token for token in needed if token not in known], special_tokens=True)
         self._vision = VisionIds(*self.inner.convert_tokens_to_ids(placeholders)) if self.pictures else None
-        self._special = {*placeholders, TURN_START, TURN_END} & set(self.inner.get_vocab())
+        self._special = self._forbidden(placeholders)
         # Ids may have gaps, so their number does not bound them.
         self.vocab_size = 1 + max(self.inner.get_vocab().values())
         pad = self.inner.pad_token_id
@@ -81,6 +81,15 @@ class HuggingFaceChat:
         self._image = self._token("vision.image_token", self.image, IMAGE)
         self._video = self._token("vision.video_token", self.video, VIDEO)
         return [self._image, self._video, VISION_START, VISION_END]
+
+    def _forbidden(self, placeholders: list[str]) -> frozenset[str]:
+        """What no text may contain: the tokenizer would make it a token that ends a turn or stands for an image.
+
+        Llama 3's `<|start_header_id|>` is special without a role, so `all_special_tokens` alone would lack it.
+        """
+        ours = {*placeholders, TURN_START, TURN_END} & set(self.inner.get_vocab())
+        added = {str(token) for token in self.inner.added_tokens_decoder.values() if token.special}
+        return frozenset((ours | added | set(self.inner.all_special_tokens)) - {""})
 
     def _token(self, key: str, given: int | None, usual: str) -> str:
         if given is None:
