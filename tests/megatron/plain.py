@@ -187,7 +187,10 @@ def _built(one: Run) -> _Trained:
     optimizer = get_megatron_optimizer(_optimizer_config(config, ddp_config), [ddp])
     whole.finalize_model_grads_func, whole.no_sync_func = finalize_model_grads, ddp.no_sync
     whole.grad_scale_func = optimizer.scale_loss
-    return _Trained(gpt, ddp, optimizer, _scheduler(config, optimizer))
+    scheduler = _scheduler(config, optimizer)
+    for name in ("lr_warmup_steps", "lr_decay_steps", "wd_incr_steps"):  # Megatron-LM's counts samples
+        setattr(scheduler, name, getattr(scheduler, name) * config.train.global_batch_size)
+    return _Trained(gpt, ddp, optimizer, scheduler)
 
 
 def _step(case: Case, trained: _Trained, number: int) -> float | None:
@@ -209,7 +212,7 @@ def _step(case: Case, trained: _Trained, number: int) -> float | None:
         forward_only=False,
     )
     assert trained.optimizer.step()[0]
-    trained.scheduler.step(1)
+    trained.scheduler.step(case.config().train.global_batch_size)
     losses = [report["lm loss"][0] / report["lm loss"][1] for report in reports]
     return float(sum(losses) / len(losses)) if losses else None
 

@@ -36,7 +36,7 @@ def go_on(case, global_rank, ports, checkpoint, output):
     place, _ = open_rank(case, global_rank, ports)
     trained = build(case.config(), case.topology, place, case.vocabulary(), first_weights=False)
     trainee = Trainee(trained.model, trained.optimizer, trained.scheduler)
-    load_state(trainee, open_checkpoint(checkpoint))
+    load_state(trainee, open_checkpoint(checkpoint), schedule_steps=2)
     results = [one_step(case, place, trained, step) for step in (2, 3)]
     manifest = Manifest(str(place.site), 0, "run", {}, settings=shared_fingerprint(case.config()))
     SiteSaver(output / str(place.site), manifest).save(trainee, 4, 4 * case.config().train.global_batch_size)

@@ -31,11 +31,21 @@ from tests.parity.compare import relative_error
 FLOAT32, FLOAT64 = 5e-6, 1e-12
 
 
+_one_process: dict[VisionCase, dict[str, Any]] = {}
+
+
+def one_process(workers: Any, case: VisionCase) -> dict[str, Any]:
+    """Run once and remembered."""
+    if case not in _one_process:
+        (_one_process[case],) = workers.run(train_rank, [(case, 0, site_ports())])
+    return _one_process[case]
+
+
 def check(workers: Any, case: VisionCase) -> list[dict[str, Any]]:
     """Every gradient, every report and every evaluation of the split model against one process."""
     ports, places = site_ports(), list(case.topology.places())
     ranks = workers.run(train_rank, [(case, place.global_rank, ports) for place in places])
-    (reference,) = workers.run(train_rank, [(whole(case), 0, site_ports())])
+    reference = one_process(workers, whole(case))
     tolerance = FLOAT64 if case.double else FLOAT32
     names: set[str] = set()
     for place, rank in zip(places, ranks, strict=True):
@@ -54,15 +64,14 @@ def check(workers: Any, case: VisionCase) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
-@pytest.mark.parametrize(("num_microbatches", "per_token"), [(1, True), (5, False), (4, True)])
+@pytest.mark.parametrize(("num_microbatches", "per_token"), [(1, True), (5, False)])
 def test_gradients_equal_one_process(workers, num_ranks, num_microbatches, per_token):
     """Texts of three lengths; one image, several, none, a video: each microbatch has shapes of its own in each lap."""
     check(workers, case_of(num_ranks, num_microbatches, per_token=per_token))
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
-def test_what_differs_in_float32_is_rounding(workers, num_ranks):
-    check(workers, case_of(num_ranks, 4, double=True))
+def test_what_differs_in_float32_is_rounding(workers):
+    check(workers, case_of(3, 4, double=True))
 
 
 @pytest.mark.parametrize("per_token", [False, True])

@@ -55,20 +55,19 @@ def test_every_gradient_and_weight_is_that_of_one_process(workers, layers):
     ],
     ids=["TP 1 and 2", "DP 2 and 2", "tied"],
 )
-@pytest.mark.parametrize("precision", ["fp32", "fp64"])
-def test_other_sizes_differ_by_rounding_alone(workers, sizes, tied, precision):
-    tolerance = REORDERED if precision == "fp32" else 1e-12
-    for _, split, whole in both(workers, [case((1, 2, 1), 4, tied=tied, precision=precision, **sizes)]):
+def test_other_sizes_differ_by_rounding_alone(workers, sizes, tied):
+    tolerances = {"fp32": REORDERED, "fp64": 1e-12}
+    cases = [case((1, 2, 1), 4, tied=tied, precision=precision, **sizes) for precision in tolerances]
+    for (one, split, whole), tolerance in zip(both(workers, cases), tolerances.values(), strict=True):
         assert split[0].gradients.keys() == whole[0].gradients.keys()
         assert_encoders_learn(split[0])
         for name, reference in whole[0].gradients.items():
-            assert norm_error(split[0].gradients[name], reference) <= tolerance, name
+            assert norm_error(split[0].gradients[name], reference) <= tolerance, (name, one.precision)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_in_16_bits_too(workers, precision):
+def test_in_16_bits_too(workers):
     """Features, like what crosses the link, are of the model's dtype; the arithmetic and its order are one process's."""
-    for one, split, whole in both(workers, [case((1, 2, 1), 4, precision=precision)]):
+    for one, split, whole in both(workers, [case((1, 2, 1), 4, precision=precision) for precision in ("bf16", "fp16")]):
         assert_encoders_learn(split[0])
         assert_parity(one, split[0], whole[0], EXACT)
 

@@ -12,6 +12,7 @@ from tests.parity.case import Case
 from tests.parity.compare import EXACT, REORDERED, assert_parity, run_split, run_whole
 
 SPLITS = {2: (1, 3, 1), 3: (1, 2, 1, 1), 4: (1, 1, 1, 1, 1), 5: (0, 1, 1, 1, 1, 1)}
+MICROBATCHES = (1, 2, 3, 5, 8)
 EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -27,7 +28,7 @@ def check(workers, cases, tolerance=EXACT, named=None):
 def test_split_is_bit_identical_to_one_process(workers, ranks, optimizer, per_token):
     """Losses, evaluation, every gradient and every updated weight, two steps, M from 1 (less than P) to 8."""
     base = Case(SPLITS[ranks], 1, optimizer=optimizer, per_token=per_token, evaluate=True)
-    check(workers, [replace(base, num_microbatches=m, planner=p) for m in range(1, 9) for p in ("gpipe", "ldt_1f1b")])
+    check(workers, [replace(base, num_microbatches=m, planner=p) for m in MICROBATCHES for p in ("gpipe", "ldt_1f1b")])
 
 
 @pytest.mark.parametrize(("optimizer", "per_token"), [("sgd", True), ("adam", False)])
@@ -84,21 +85,19 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_other_models(workers, model):
-    check(workers, [Case(SPLITS[3], m, optimizer="adam", model=tuple(MODELS[model].items())) for m in (1, 4)])
+def test_other_models(workers):
+    models = [tuple(model.items()) for model in MODELS.values()]
+    check(workers, [Case(SPLITS[3], m, optimizer="adam", model=model) for model in models for m in (1, 4)])
 
 
-@pytest.mark.parametrize("recompute", ["full", "selective"])
-def test_recomputed_activations(workers, recompute):
-    check(workers, [Case(SPLITS[3], 4, optimizer="sgd", train=(("recompute", recompute),))])
+def test_recomputed_activations(workers):
+    kinds = [(("recompute", kind),) for kind in ("full", "selective")]
+    check(workers, [Case(SPLITS[3], 4, optimizer="sgd", train=kind) for kind in kinds])
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision(workers, precision):
+def test_half_precision(workers):
     """What crosses is bf16 or fp16, as between two of Megatron's own stages: nothing is rounded twice."""
-    cases = [Case(SPLITS[3], m, optimizer="adam", precision=precision) for m in (1, 4)]
-    check(workers, cases)
+    check(workers, [Case(SPLITS[3], m, optimizer="adam", precision=p) for p in ("bf16", "fp16") for m in (1, 4)])
 
 
 def test_layer_splits_with_empty_ends(workers):

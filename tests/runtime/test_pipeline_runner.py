@@ -177,8 +177,9 @@ def test_one_that_only_blocking_ranks_cannot_run(workers):
     assert losses == wanted_losses and worst(gradients, wanted) == 0.0
 
 
-@pytest.mark.parametrize("rank", range(RANKS))
-@pytest.mark.parametrize("blocking", [False, True])
+@pytest.mark.parametrize(
+    ("rank", "blocking"), [*((rank, False) for rank in range(RANKS)), (0, True), (3, True), (5, True)]
+)
 def test_a_failure_on_any_rank_stops_all_and_is_told_by_all(workers, rank, blocking):
     """Each of the other five ends within 2 seconds and says because of which rank, step and action, the cell marked."""
     (port,) = free_ports(1)

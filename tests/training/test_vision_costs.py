@@ -303,10 +303,10 @@ def ldt(*arguments: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize("frozen", [[], ["vit"]], ids=str)
 def test_on_the_command_line(tmp_path: Path, frozen: list[str]) -> None:
-    """Plan, validate, draw, dry run."""
+    """Plan, validate, draw, dry run; `auto` for what is frozen, since its searches take long."""
     path, table, problem = tmp_path / "run.yaml", tmp_path / "table.json", tmp_path / "problem.json"
     path.write_text(yaml.safe_dump(given({"frozen": frozen})))
-    for name in ("ldt_2lap_1f1b", "auto"):
+    for name in ("ldt_2lap_1f1b", "auto") if frozen else ("ldt_2lap_1f1b",):
         code, text = ldt(
             "plan", str(path), "--schedule", name, "--out", str(table), "--save-problem", str(problem), "--json"
         )

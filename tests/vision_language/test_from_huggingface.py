@@ -112,18 +112,40 @@ SIZES = {
 }
 
 
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory, and the config of a run beside it."""
+    folder = tmp_path_factory.mktemp("source")
+    reference_model(torch.float32).save_pretrained(folder / "hf")
+    (folder / "run.yaml").write_text("train: {micro_batch_size: 1, global_batch_size: 8}\n")
+    return folder / "hf"
+
+
+@pytest.fixture(scope="module")
+def expected(source: Path) -> dict[str, list[np.ndarray]]:
+    """Precision -> the logits of transformers."""
+    dtypes = {"fp64": torch.float64, "fp32": torch.float32}
+    found = Workers().run(transformers_logits, [(str(source), list(tiny.BATCHES), dtype) for dtype in dtypes.values()])
+    return dict(zip(dtypes, found, strict=True))
+
+
 @pytest.mark.parametrize(
     ("ranks", "sizes", "precision", "allowed"),
     [(*SIZES[name], "fp64", 1e-9) for name in SIZES] + [(*SIZES[name], "fp32", 1e-4) for name in ("P 3", "TP 1 and 2")],
     ids=[*SIZES, "P 3, fp32", "TP 1 and 2, fp32"],
 )
 def test_logits_are_those_of_transformers_and_the_directory_comes_back(
-    tmp_path: Path, workers: Workers, ranks: int, sizes: dict[str, Any], precision: str, allowed: float
+    tmp_path: Path,
+    workers: Workers,
+    source: Path,
+    expected: dict[str, list[np.ndarray]],
+    ranks: int,
+    sizes: dict[str, Any],
+    precision: str,
+    allowed: float,
 ) -> None:
     """No image, one, three of different sizes, videos, padding left and right; every tensor is byte-identical after it."""
-    source, target = tmp_path / "hf", tmp_path / "back"
-    reference_model(torch.float32).save_pretrained(source)
-    (tmp_path / "run.yaml").write_text("train: {micro_batch_size: 1, global_batch_size: 8}\n")
+    target = tmp_path / "back"
     vit, llm = LAYERS[ranks]
     case = DirectoryCase(
         layers=llm,
@@ -137,11 +159,9 @@ def test_logits_are_those_of_transformers_and_the_directory_comes_back(
         **sizes,
     )
     names = list(tiny.BATCHES)
-    dtype = torch.float64 if precision == "fp64" else torch.float32
-    (expected,) = workers.run(transformers_logits, [(str(source), names, dtype)])
     for place, ours in zip(case.topology.places(), run(workers, case, names), strict=True):
         assert len(ours) == (len(names) if place.site is Site.EDGE else 0), place
-        for name, mine, theirs in zip(names, ours, expected, strict=bool(ours)):
+        for name, mine, theirs in zip(names, ours, expected[precision], strict=bool(ours)):
             valid = ~tiny.microbatch(tiny.BATCHES[name])["padding"].numpy()
             difference = np.abs(mine[..., : tiny.VOCABULARY] - theirs)[valid].max()
             assert difference <= allowed, f"{place}, {name}: {difference:.1e}"

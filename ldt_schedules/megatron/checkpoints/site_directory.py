@@ -231,10 +231,13 @@ def describe_files(directory: Path, known: Mapping[str, FileInfo]) -> dict[str, 
 
 def problems_of(step: Path, files: Iterable[tuple[str, FileInfo]]) -> list[str]:
     """What is wrong with files of a step: missing, of another size, or with another content."""
-    return [f"{step / name}: {problem}" for name, info in files if (problem := _problem(step / name, info))]
+    return [f"{step / name}: {problem}" for name, info in files if (problem := _problem(step, name, info))]
 
 
-def _problem(path: Path, info: FileInfo) -> str:
+def _problem(step: Path, name: str, info: FileInfo) -> str:
+    path = step / name
+    if Path(name).name != name or path.is_symlink():
+        return "not a file of the checkpoint's own"
     if not path.is_file():
         return "missing"
     if path.stat().st_size != info.num_bytes:

@@ -284,6 +284,8 @@ def _index(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Stored]]:
             chunks = tuple(Chunk(tuple(c.offsets), tuple(c.sizes), where[key, c.offsets]) for c in entry.chunks)
             if not all(len(one.offsets) == len(one.shape) == len(entry.size) for one in chunks):
                 raise ValueError(f"{key}: parts of other dimensions")
+            if any(number < 0 for one in chunks for number in (*one.offsets, *one.shape)):
+                raise ValueError(f"{key}: parts before its beginning")
             tensors[key] = StoredTensor(tuple(entry.size), _dtype(entry.properties.dtype), chunks)
         return tensors, objects
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:

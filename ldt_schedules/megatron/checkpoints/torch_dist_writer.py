@@ -90,13 +90,6 @@ class ChunkWriter:
         """Append an object of plain types and tensors."""
         self._entries.append(Entry(key, Chunk((), (), self._save(value))))
 
-    def put_bytes(self, key: str, raw: bytes) -> None:
-        """Append an object as it lies in another checkpoint."""
-        with disk_errors(self._path):
-            start = self._out.count
-            self._out.write(raw)
-        self._entries.append(Entry(key, Chunk((), (), Stored(self._path.name, start, len(raw)))))
-
     def _save(self, value: Any) -> Stored:
         start = self._out.count
         with disk_errors(self._path):
