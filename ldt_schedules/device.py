@@ -46,6 +46,14 @@ def current_device() -> torch.device:
     return torch.device(device_type(), _accelerator().current_device())
 
 
+def found_devices() -> list[tuple[str, int]]:
+    """Name and bytes of memory of each accelerator of this host; none on a CPU."""
+    if device_type() == "cpu":
+        return []
+    found = (_accelerator().get_device_properties(number) for number in range(_accelerator().device_count()))
+    return [(str(one.name), int(one.total_memory)) for one in found]
+
+
 def select_device(local_rank: int) -> None:
     """Bind this process to accelerator `local_rank` of its host; nothing to do on a CPU."""
     if device_type() != "cpu":

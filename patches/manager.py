@@ -188,6 +188,8 @@ def _rebind(pairs: list[tuple[Any, Any]]) -> None:
     In one pass: a process of a training run has several thousand modules.
     """
     new = {id(old): replacement for old, replacement in pairs if callable(old) and not inspect.isbuiltin(old)}
+    if not new:
+        return
     for module in list(sys.modules.values()):
         names = getattr(module, "__dict__", None)
         if not isinstance(names, dict):

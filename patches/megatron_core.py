@@ -91,6 +91,15 @@ PATCHES: tuple[Patch, ...] = (
         (("self",),),
     ),
     *(
+        _core(
+            f"optimizer.optimizer:{kind}.step_with_ready_grads",
+            "two_phases:applied_by_all_or_none",
+            "no process may change weights before all of both sites are ready to",
+            (("self",),),
+        )
+        for kind in ("MixedPrecisionOptimizer", "FP32Optimizer")
+    ),
+    *(
         _core(target, "parameter_groups:load_groups_by_identity", _BY_POSITION, (("self", "state_dict"),))
         for target in (
             "optimizer.optimizer:FP32Optimizer.load_state_dict",

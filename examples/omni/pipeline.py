@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from examples.omni import packing, samples, thinker
-from ldt_schedules.comm.abort import Cause
+from ldt_schedules.comm.cause import Cause
 from ldt_schedules.comm.message_transport import MessageTransport
 from ldt_schedules.errors import LdtError
 from ldt_schedules.planning import ScheduleTable
@@ -149,7 +149,7 @@ class OmniRank:
         try:
             return compared(found, whole_gradients(self.options.dtype, data), LIMITS[self.options.dtype])
         except LdtError as error:
-            self.transport.abort.declare(Cause(str(error), self.rank))
+            self.transport.link.watch.declare(Cause(str(error), self.rank))
             raise
 
 

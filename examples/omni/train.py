@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from ldt_schedules.cli.table_input import read
-from ldt_schedules.comm.abort import Aborted
+from ldt_schedules.comm.cause import Aborted
 from ldt_schedules.comm.ports import free_ports
 from ldt_schedules.errors import ConfigError, LdtError
 from ldt_schedules.planning import ScheduleTable, check

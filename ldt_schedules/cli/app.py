@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from ldt_schedules import __version__
-from ldt_schedules.cli import convert, draw, launch, plan, train, validate, verify
+from ldt_schedules.cli import audit, convert, doctor, draw, launch, plan, train, validate, verify
 from ldt_schedules.cli.errors import messages_for_people
 
 app = typer.Typer(
@@ -19,7 +19,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for verb in (train, launch, verify, convert, plan, draw, validate):
+for verb in (train, launch, verify, doctor, audit, convert, plan, draw, validate):
     verb.register(app)
 
 

@@ -8,11 +8,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ldt_schedules.errors import ConfigError, LdtError
+from ldt_schedules.comm.cause import Aborted
+from ldt_schedules.errors import FAILURE, USER_MISTAKE, ConfigError, LdtError
 from ldt_schedules.planning.errors import ScheduleError
 
-USER_MISTAKE = 2
-FAILURE = 1
 _LATER_S = 3.0
 
 
@@ -27,10 +26,12 @@ def messages_for_people() -> Iterator[None]:
     except (ConfigError, ScheduleError) as error:
         _leave(str(error), USER_MISTAKE)
     except LdtError as error:
+        # Of one that comes from another process's failure, what happened here is the consequence.
+        word = "here, as a consequence:" if isinstance(error, Aborted) else "because of"
         causes = []
         cause = error.__cause__
         while cause is not None:
-            causes.append(f"\n  because of {type(cause).__name__}: {cause}")
+            causes.append(f"\n  {word} {type(cause).__name__}: {cause}")
             cause = cause.__cause__
         _leave(str(error) + "".join(causes), FAILURE)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from ldt_schedules.cli.errors import messages_for_people
 from ldt_schedules.errors import ConfigError
 from ldt_schedules.planning.planners import PLAN_FOR_COSTS
 from ldt_schedules.topology import Site
@@ -118,9 +119,17 @@ def _run_site(path: Path, config: TrainConfig, site: Site, json_output: bool) ->
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     # For people: without the line of code that found it.
     warnings.formatwarning = lambda message, *_, **__: f"ldt: {message}\n"
+    from ldt_schedules.comm.stopping import leave_now
+    from ldt_schedules.megatron import session
     from ldt_schedules.training.loop import run_site
 
-    run_site(config, str(site), json_output)
+    try:
+        with messages_for_people():
+            run_site(config, str(site), json_output)
+    except SystemExit as stop:
+        if session.current() is not None:  # what the interpreter does at its end may wait for those who have gone
+            leave_now(int(stop.code or 0))
+        raise
 
 
 def _check_site(path: Path, config: TrainConfig, site: Site) -> None:

@@ -27,11 +27,13 @@ import torch
 import torch.distributed as dist
 
 from ldt_schedules import device
+from ldt_schedules.comm.gate import Gate
 from ldt_schedules.comm.torch_transport import ProcessTransport
 from ldt_schedules.comm.traffic import Traffic
 from ldt_schedules.comm.transport import TensorSpec
-from ldt_schedules.errors import LdtError
+from ldt_schedules.errors import LinkError
 from ldt_schedules.planning.channels import Lane
+from ldt_schedules.planning.dependencies import What
 from ldt_schedules.topology import Place, Topology
 
 
@@ -72,7 +74,7 @@ class TensorGroup:
         try:
             collective()
         except RuntimeError as error:
-            raise LdtError(f"the tensor-parallel group could not put a tensor together: {error}") from error
+            raise LinkError(f"the tensor-parallel group could not put a tensor together: {error}") from error
 
 
 class _Handle(Protocol):
@@ -120,6 +122,7 @@ class BoundaryTransport:
         group: this process's tensor-parallel group.
         lead: use mode *lead* for every message between the sites.
         traffic: bytes this process sent to and received from each pipeline rank.
+        gate: through which all goes that leaves the site.
     """
 
     processes: ProcessTransport
@@ -128,11 +131,19 @@ class BoundaryTransport:
     group: TensorGroup
     lead: bool = False
     traffic: Traffic = field(default_factory=Traffic)
+    gate: Gate = field(default_factory=Gate)
 
-    def post_send(self, tensor: torch.Tensor, *, peer: int, lane: Lane, tag: int) -> _Sends:
-        """Start sending this process's part of the tensor `[s, b, h]`, of which `tensor` is what it holds."""
+    def post_send(
+        self, tensor: torch.Tensor, spec: TensorSpec, *, what: What, peer: int, lane: Lane, tag: int
+    ) -> _Sends:
+        """Start sending this process's part of the tensor `[s, b, h]`, of which `tensor` is what it holds.
+
+        Raises:
+            ResidencyError: it is to cross to the other site and is not what `spec` declares.
+        """
         if not self.topology.crosses(self.place, peer):
             return _Sends([self._send(tensor, self._same_rank(peer), peer, lane, tag)])
+        self.gate.check_tensor(tensor, spec, what)
         length = tensor.shape[0] * (self.group.size if self.group.split else 1)
         lead = self._leads(length)
         if lead and self.group.split:
@@ -141,10 +152,13 @@ class BoundaryTransport:
         sends: list[_Handle] = []
         for piece in self.topology.pieces(self.place, peer, lead):
             start, stop = piece.bounds(length)
-            sends.append(self._send(tensor[start - offset : stop - offset], piece.global_rank, peer, lane, tag))
+            part = tensor[start - offset : stop - offset]
+            if part.numel():
+                self.gate.count_sent(part.nbytes, what)
+            sends.append(self._send(part, piece.global_rank, peer, lane, tag))
         return _Sends(sends)
 
-    def post_recv(self, spec: TensorSpec, *, peer: int, lane: Lane, tag: int) -> _Receive:
+    def post_recv(self, spec: TensorSpec, *, what: What, peer: int, lane: Lane, tag: int) -> _Receive:
         """Start receiving; `spec` is of what this process will hold."""
         if not self.topology.crosses(self.place, peer):
             buffer = self.processes.buffer(spec, lane)
@@ -157,7 +171,10 @@ class BoundaryTransport:
         receives = []
         for piece in self.topology.pieces(self.place, peer, lead):
             start, stop = piece.bounds(length)
-            receives.append(self._recv(buffer[start - offset : stop - offset], piece.global_rank, peer, lane, tag))
+            part = buffer[start - offset : stop - offset]
+            if part.numel():
+                self.gate.count_received(part.nbytes, what)
+            receives.append(self._recv(part, piece.global_rank, peer, lane, tag))
         return _Receive(receives, buffer, self._assemble_lead if lead else self._assemble_slices)
 
     def _assemble_lead(self, whole: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 from ldt_schedules.comm.traffic import Traffic
 from ldt_schedules.comm.transport import TensorSpec
 from ldt_schedules.planning.channels import Lane
+from ldt_schedules.planning.dependencies import What
 
 _Wire = tuple[int, int, Lane]
 
@@ -85,11 +86,13 @@ class LoopbackTransport:
     rank: int
     traffic: Traffic = field(default_factory=Traffic)
 
-    def post_send(self, tensor: torch.Tensor, *, peer: int, lane: Lane, tag: int) -> _Sent:
+    def post_send(
+        self, tensor: torch.Tensor, spec: TensorSpec, *, what: What, peer: int, lane: Lane, tag: int
+    ) -> _Sent:
         self.hub.wire(self.rank, peer, lane).put((tag, tensor.detach().clone()))
         self.traffic.sent[peer] += tensor.nbytes
         return _Sent()
 
-    def post_recv(self, spec: TensorSpec, *, peer: int, lane: Lane, tag: int) -> _Receiving:
+    def post_recv(self, spec: TensorSpec, *, what: What, peer: int, lane: Lane, tag: int) -> _Receiving:
         self.traffic.received[peer] += spec.num_bytes
         return _Receiving(self.hub, (peer, self.rank, lane), spec, tag)

@@ -8,6 +8,7 @@ sides' words in it; over bare gloo a payload of another size ends the process (`
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from ldt_schedules.errors import LdtError
 
 MAX_PARTS = 16
 MAX_DIMS = 8
+MAX_PART_BYTES = 2**43
+"""Of one tensor: more than any machine holds."""
 _PART = 2 + MAX_DIMS
 _FIXED = 4
 _LENGTH = _FIXED + MAX_PARTS * _PART
@@ -81,11 +84,17 @@ class MessageHeader:
         Raises:
             LdtError: that is no header.
         """
+        if message.dtype is not torch.uint8 or message.shape != ((_LENGTH + 1) * 8,):
+            raise LdtError(
+                f"received {message.numel()} elements of {message.dtype} where the header of a message was expected, which "
+                f"has {(_LENGTH + 1) * 8} bytes"
+            )
         numbers = message.view(torch.int64)[:_LENGTH]
         iteration, tag, form, count, *rest = numbers.tolist()
         most = {_ABSENT: 0, _TENSOR: 1, _TUPLE: MAX_PARTS}.get(form, -1)
         rows = [rest[i * _PART : (i + 1) * _PART] for i in range(max(0, min(count, MAX_PARTS)))]
-        if not 0 <= count <= most or (form == _TENSOR and count != 1) or not all(map(_is_part, rows)):
+        fits = 0 <= count <= most and (form != _TENSOR or count == 1) and not any(rest[len(rows) * _PART :])
+        if not fits or not all(map(_is_part, rows)):
             raise LdtError(f"received {numbers[:_FIXED].tolist()}… where the header of a message was expected")
         return cls(iteration, tag, tuple(map(_part, rows)), form)
 
@@ -154,7 +163,12 @@ def specs_of(content: Any) -> Specs:
 
 def _is_part(numbers: list[int]) -> bool:
     dtype, dims, *sizes = numbers
-    return dtype == _NO_PART or (0 <= dtype < len(_DTYPES) and 0 <= dims <= MAX_DIMS and min(sizes) >= 0)
+    if dtype == _NO_PART:
+        return not any(numbers[1:])
+    if not 0 <= dtype < len(_DTYPES) or not 0 <= dims <= MAX_DIMS or min(sizes) < 0 or any(sizes[dims:]):
+        return False
+    # Before room is made: a size is a number that another machine sent.
+    return math.prod(sizes[:dims]) * _DTYPES[dtype].itemsize <= MAX_PART_BYTES
 
 
 def _part(numbers: list[int]) -> TensorSpec | None:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from ldt_schedules import device
-from ldt_schedules.comm.abort import Abort, Aborted, Cause
+from ldt_schedules.comm.cause import Aborted, Cause
 from ldt_schedules.comm.link import Link
 from ldt_schedules.comm.message_header import MessageHeader, Specs
 from ldt_schedules.comm.message_payload import packed, room_for, unpacked
@@ -36,6 +36,7 @@ from ldt_schedules.comm.torch_transport import ProcessTransport
 from ldt_schedules.comm.traffic import Traffic
 from ldt_schedules.errors import LdtError
 from ldt_schedules.planning.channels import Lane
+from ldt_schedules.planning.dependencies import What
 from ldt_schedules.planning.progress import Semantics
 
 _SOONEST_S, _LATEST_S, _SHARE = 0.0002, 0.005, 0.1
@@ -53,13 +54,11 @@ class MessageTransport:
     Contents are None, a tensor, or a tuple of tensors and None.
 
     Attributes:
-        abort: where a failure anywhere is seen.
         iteration: of the step that runs; part of every header.
         pump: looks after the receives.
     """
 
     link: Link
-    abort: Abort
     iteration: int = 0
     traffic: Traffic = field(default_factory=Traffic)
 
@@ -78,25 +77,25 @@ class MessageTransport:
         """Close; an error that nobody has told the others of is told."""
         if error is not None and not (isinstance(error, SystemExit) and not error.code):
             rank = self.link.global_rank
-            self.abort.declare(Cause(f"rank {rank}: {type(error).__name__}: {error}", rank))
+            self.link.watch.declare(Cause(f"rank {rank}: {type(error).__name__}: {error}", rank))
         self.close()
 
-    def post_send(self, content: Any, /, *, peer: int, lane: Lane, tag: int) -> _Sending:
-        """Start sending. What is sent is kept until it has gone."""
-        self.abort.check()
+    def post_send(self, content: Any, spec: Any, /, *, what: What, peer: int, lane: Lane, tag: int) -> _Sending:
+        """Start sending. What is sent is kept until it has gone; it describes itself, so that `spec` says nothing new."""
+        self.link.watch.check()
         header = MessageHeader.of(content, self.iteration, tag)
         message = header.encoded()
         works: list[Any] = [_Work(self.link.scalars.send([message], peer, tag), message, self.link.timeout_s)]
         if header.num_bytes:
             payload = packed(content, header)
             self.traffic.sent[peer] += header.num_bytes
-            what = f"pipeline rank {peer}"
-            works.append(self._processes.post_send(payload, peer, lane=lane, tag=tag, what=what))
+            name = f"pipeline rank {peer}"
+            works.append(self._processes.post_send(payload, peer, lane=lane, tag=tag, what=name))
         return _Sending(self, works, f"sending message {tag} to rank {peer}")
 
-    def post_recv(self, expected: Expected, /, *, peer: int, lane: Lane, tag: int) -> _Receiving:
+    def post_recv(self, expected: Expected, /, *, what: What, peer: int, lane: Lane, tag: int) -> _Receiving:
         """Start receiving."""
-        self.abort.check()
+        self.link.watch.check()
         iteration, message = self.iteration, MessageHeader.room()
         work = _Work(self.link.scalars.recv([message], peer, tag), message, self.link.timeout_s)
 
@@ -108,8 +107,8 @@ class MessageTransport:
             if header.num_bytes == 0:
                 return None, buffer, lambda: unpacked(buffer, header)
             self.traffic.received[peer] += header.num_bytes
-            what = f"pipeline rank {peer}"
-            posted = self._processes.post_recv(buffer, peer, lane=lane, tag=tag, what=what)
+            name = f"pipeline rank {peer}"
+            posted = self._processes.post_recv(buffer, peer, lane=lane, tag=tag, what=name)
             return posted, buffer, lambda: unpacked(buffer, header)
 
         future = self.pump.expect((peer, lane), work, message, payload)
@@ -130,7 +129,7 @@ class MessageTransport:
         """
         begin = time.monotonic()
         while not done():
-            self.abort.check()
+            self.link.watch.check()
             waited = time.monotonic() - begin
             if waited > self.link.timeout_s:
                 raise LdtError(f"waited {self.link.timeout_s:g} s for {what}")
@@ -160,7 +159,7 @@ class MessageTransport:
 
     def consequence(self, what: str, error: Exception) -> LdtError:
         """The error to raise for one of the link's: a lost connection is seldom the beginning."""
-        cause = self.abort.wait_for_cause(_GRACE_S)
+        cause = self.link.watch.wait_for_cause(_GRACE_S)
         return Aborted(cause) if cause is not None else LdtError(f"{what} failed: {error}")
 
     def close(self) -> None:
@@ -171,7 +170,6 @@ class MessageTransport:
         atexit.unregister(self._at_exit)
         self.pump.end()
         self.link.close()
-        self.abort.close()
 
     def _at_exit(self) -> None:
         """The user has not closed: perhaps because of an error of his own, which the interpreter has just printed."""

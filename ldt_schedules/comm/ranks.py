@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import os
-from datetime import timedelta
 
-import torch.distributed as dist
-
-from ldt_schedules.comm.abort import Abort
 from ldt_schedules.comm.link import connect
 from ldt_schedules.comm.message_transport import MessageTransport
 from ldt_schedules.errors import ConfigError
@@ -56,8 +52,6 @@ def connect_ranks(
     name = f"ldt-ranks/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     link = connect(
         host=host, port=port, listen=listens, global_rank=rank, total_processes=num_ranks, timeout_s=timeout_s,
-        backend=backend, name=name,
+        backend=backend, name=name, silence_s=silence_s,
     )  # fmt: skip
-    own = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
-    serves = link.store if listens else None
-    return MessageTransport(link, Abort(dist.PrefixStore(name, own), rank, num_ranks, serves, timeout_s, silence_s))
+    return MessageTransport(link)

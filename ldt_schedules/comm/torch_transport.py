@@ -16,7 +16,7 @@ import torch
 from ldt_schedules import device
 from ldt_schedules.comm.link import Channel, Link
 from ldt_schedules.comm.transport import TensorSpec
-from ldt_schedules.errors import LdtError
+from ldt_schedules.errors import LinkError
 from ldt_schedules.planning.channels import Lane
 
 
@@ -36,7 +36,7 @@ class _Posted:
         try:
             self.work.wait(timedelta(seconds=self.timeout_s))
         except RuntimeError as error:
-            raise LdtError(f"{self.what} failed or took longer than {self.timeout_s:g} s: {error}") from error
+            raise LinkError(f"{self.what} failed or took longer than {self.timeout_s:g} s: {error}") from error
 
 
 @dataclass

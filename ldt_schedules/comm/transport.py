@@ -14,6 +14,7 @@ import torch
 
 from ldt_schedules.comm.traffic import Traffic
 from ldt_schedules.planning.channels import Lane
+from ldt_schedules.planning.dependencies import What
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +55,8 @@ class Transport(Protocol):
 
     traffic: Traffic
 
-    def post_send(self, content: Any, /, *, peer: int, lane: Lane, tag: int) -> SendHandle:
-        """Start sending `content` to pipeline rank `peer`."""
+    def post_send(self, content: Any, spec: Any, /, *, what: What, peer: int, lane: Lane, tag: int) -> SendHandle:
+        """Start sending `content`, which `spec` declares, to pipeline rank `peer`."""
 
-    def post_recv(self, spec: Any, /, *, peer: int, lane: Lane, tag: int) -> RecvHandle:
+    def post_recv(self, spec: Any, /, *, what: What, peer: int, lane: Lane, tag: int) -> RecvHandle:
         """Start receiving from pipeline rank `peer` what `spec` tells of."""

@@ -16,21 +16,22 @@ import torch
 from ldt_schedules import device
 from ldt_schedules.megatron import session
 from ldt_schedules.megatron.session import Session
+from ldt_schedules.megatron.two_phases import norm_was_summed, ready
 from ldt_schedules.topology import Site
 
 
-def both_sites(run: Session, value: float) -> tuple[float, float]:
+def both_sites(run: Session, value: float, what: str) -> tuple[float, float]:
     """`(edge's value, cloud's value)`, each as the first process of that site gave it. A collective of both sites."""
     vector = torch.zeros(2, dtype=torch.float64)
     if run.place.site_rank == 0:
         vector[0 if run.place.site is Site.EDGE else 1] = value
-    edge, cloud = run.link.sum_over_sites(vector).tolist()
+    edge, cloud = run.link.sum_over_sites(vector, what).tolist()
     return edge, cloud
 
 
-def anywhere(run: Session, flag: bool) -> bool:
+def anywhere(run: Session, flag: bool, what: str) -> bool:
     """Is `flag` set in any process of either site? A collective of both sites."""
-    return bool(run.link.sum_over_sites(torch.tensor([float(flag)])).item() > 0)
+    return bool(run.link.sum_over_sites(torch.tensor([float(flag)]), what).item() > 0)
 
 
 def grad_norm_of_both_sites(original: Callable[..., float]) -> Callable[..., float]:
@@ -44,7 +45,8 @@ def grad_norm_of_both_sites(original: Callable[..., float]) -> Callable[..., flo
         if isinstance(grads_for_norm, list) and not grads_for_norm:
             # Everything here is frozen. Megatron takes the maximum of nothing; a zero changes no norm.
             grads_for_norm = [torch.zeros(1, device=device.current_device())]
-        edge, cloud = both_sites(run, float(original(grads_for_norm, norm_type, *args, **kwargs)))
+        edge, cloud = both_sites(run, float(original(grads_for_norm, norm_type, *args, **kwargs)), "gradient norms")
+        norm_was_summed(run)
         if math.isinf(norm_type):
             return max(edge, cloud)
         return float((edge**norm_type + cloud**norm_type) ** (1.0 / norm_type))
@@ -58,7 +60,7 @@ def zeros_of_both_sites(original: Callable[..., float]) -> Callable[..., float]:
     @functools.wraps(original)
     def count_zeros_fp32(*args: Any, **kwargs: Any) -> float:
         run, mine = session.current(), original(*args, **kwargs)
-        return mine if run is None else sum(both_sites(run, float(mine)))
+        return mine if run is None else sum(both_sites(run, float(mine), "zeros among the gradients"))
 
     return count_zeros_fp32
 
@@ -69,7 +71,7 @@ def overflow_on_either_site(original: Callable[[Any], bool]) -> Callable[[Any], 
     @functools.wraps(original)
     def unscale_and_check(self: Any) -> bool:
         run = session.current()
-        return original(self) if run is None else anywhere(run, original(self))
+        return original(self) if run is None else ready(run, original(self))
 
     return unscale_and_check
 
@@ -83,7 +85,7 @@ def non_finite_on_either_site(original: Callable[[Any], bool]) -> Callable[[Any]
         run = session.current()
         if run is None or getattr(self, "grad_scaler", None):
             return found
-        return anywhere(run, found or not _all_finite(_grads(self)))
+        return ready(run, found or not _all_finite(_grads(self)))
 
     return prepare_grads
 

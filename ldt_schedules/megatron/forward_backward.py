@@ -7,6 +7,7 @@ below; in a process without a session, an edge alone for example, Megatron's own
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +25,10 @@ from ldt_schedules.megatron.grad_sync import GradSync, per_chunk, scale_to_globa
 from ldt_schedules.megatron.session import Session
 from ldt_schedules.megatron.stages import MegatronStages
 from ldt_schedules.megatron.step_announcement import announce, header_of
+from ldt_schedules.megatron.two_phases import Phase
 from ldt_schedules.planning.actions import Action, Kind
 from ldt_schedules.planning.dependencies import Value
+from ldt_schedules.planning.formats.json_format import as_object
 from ldt_schedules.planning.table import ScheduleTable
 from ldt_schedules.runtime.batches import SharedBatches
 from ldt_schedules.runtime.executor import Executor, check_executable
@@ -84,6 +87,8 @@ def forward_backward_pipelining_without_interleaving(
     table = run.table(num_microbatches, forward_only)
     check_executable(table)
     modules = modules_on_rank(chunks, table.layout, run.place.pipeline_rank)
+    run.phase = Phase.COMPUTING
+    run.link.flight.begin_step(run.steps, partial(as_object, table))
     if config.timers is not None:
         config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
     grad_sync = GradSync(config, chunks, table.ranks[run.place.pipeline_rank], _reduces_at_end(run, config, chunks[0]))
@@ -105,8 +110,9 @@ def forward_backward_pipelining_without_interleaving(
     embedding_module = None if forward_only else _clear_deferred_embedding(run, config, stages)
     _execute(stages)
     if not forward_only:
-        grad_sync.finish()
-        _finish_gradients(run, config, chunks, stages, embedding_module, pg_collection, force_all_reduce)
+        with run.link.flight.doing("reducing gradients"):
+            grad_sync.finish()
+            _finish_gradients(run, config, chunks, stages, embedding_module, pg_collection, force_all_reduce)
     run.steps += 1
     if config.timers is not None:
         config.timers("forward-backward").stop()
@@ -130,7 +136,7 @@ def _announced_stages(
         of_the_loop: what the training loop's call says and the stages alone must know.
     """
     batches = SharedBatches(data_iterator[0] if isinstance(data_iterator, list) else data_iterator)
-    return MegatronStages(
+    stages = MegatronStages(
         run=run,
         config=config,
         modules=modules,
@@ -142,6 +148,8 @@ def _announced_stages(
         recompute_window=_recompute_window(config, table.ranks[run.place.pipeline_rank]),
         **of_the_loop,
     )
+    run.plan_crossing(table, lambda message: _whole_spec(message, stages))
+    return stages
 
 
 def _execute(stages: MegatronStages) -> None:
@@ -153,6 +161,7 @@ def _execute(stages: MegatronStages) -> None:
         compute=stages,
         transport=run.transport,
         spec=lambda message: _local_spec(_whole_spec(message, stages), run, config),
+        flight=run.link.flight,
     )
     run.last_step = executor.run()
     stages.batches.assert_empty()

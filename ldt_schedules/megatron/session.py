@@ -12,10 +12,16 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+from ldt_schedules.comm.boundary import BoundaryTransport
+from ldt_schedules.comm.gate import kind_of
+from ldt_schedules.comm.ledger_file import LedgerFile
 from ldt_schedules.comm.link import Link
-from ldt_schedules.comm.transport import Transport
+from ldt_schedules.comm.transport import TensorSpec, Transport
+from ldt_schedules.megatron.two_phases import Phase
+from ldt_schedules.planning.dependencies import Value
 from ldt_schedules.planning.layout import Layout
 from ldt_schedules.planning.table import ScheduleTable
+from ldt_schedules.runtime.crossing_plan import MessageSpec, crossing_of
 from ldt_schedules.runtime.microbatch_format import MicrobatchFormat
 from ldt_schedules.runtime.recorder import StepRecorder
 from ldt_schedules.topology import Place, Site, Topology
@@ -30,12 +36,16 @@ class Session:
 
     Attributes:
         table_for: the schedule of a step of the edge, whose microbatches are those of all its domains.
+        ledger: of what crosses between the sites; None: it is not kept.
         microbatch_format: of a model whose stages do not all exchange `[s, b, h]`; None: they do.
         steps: forward-backward calls so far; equal on both sites.
+        exchanges: of `agreement.exchange` so far; equal on both sites.
         domain_scale: what the cloud's averaged gradients are multiplied by, see `grad_sync.scale_to_global_batch`.
         layout: of the step that runs or ran last; None before the first.
         executing: the stage being computed right now, None between actions.
         last_step: times of the latest step.
+        phase: of the optimizer's step, see `two_phases`.
+        agreed: hash of what both sites agreed on at start.
     """
 
     topology: Topology
@@ -43,12 +53,16 @@ class Session:
     link: Link
     transport: Transport
     table_for: TableSource
+    ledger: LedgerFile | None = None
     microbatch_format: MicrobatchFormat | None = None
     steps: int = 0
+    exchanges: int = 0
     domain_scale: float = field(init=False)
     layout: Layout | None = None
     executing: int | None = None
     last_step: StepRecorder = field(default_factory=StepRecorder)
+    phase: Phase = Phase.COMPUTING
+    agreed: str = ""
 
     def __post_init__(self) -> None:
         self.table_for = lru_cache(maxsize=8)(self.table_for)
@@ -83,6 +97,27 @@ class Session:
             # That the edge is at this step proves that the cloud has read what belonged to the last but one.
             self.link.forget(key.replace(f"/{self.steps}/", f"/{self.steps - 2}/", 1))
         return message
+
+    def plan_crossing(self, table: ScheduleTable, whole: Callable[[Value], TensorSpec]) -> None:
+        """Write into the ledger what a step that is about to begin will carry from site to site, by table and header.
+
+        Args:
+            whole: shape and dtype of a message before context parallelism cuts it.
+        """
+        context = self.topology.size(self.place.site).context
+
+        def spec(value: Value) -> MessageSpec:
+            (length, *rest), dtype = whole(value).shape, whole(value).dtype
+            return MessageSpec((length // context, *rest), dtype.itemsize)
+
+        lead = isinstance(self.transport, BoundaryTransport) and self.transport.lead
+        crossing = crossing_of(self.place, table, self.topology, spec, lead)
+        if self.link.gate is not None:
+            sent, received = (
+                {kind_of(what): count for what, count in counts.items()}
+                for counts in (crossing.sent, crossing.received)
+            )
+            self.link.gate.ledger.plan(sent, received)
 
     @contextmanager
     def stage(self, stage: int) -> Iterator[None]:

@@ -28,6 +28,7 @@ def header_of(run: Session, table: ScheduleTable, config: Any, seq_length: int, 
         table_hash=table_hash(table),
         shapes=(shape,) * table.num_microbatches,
         dtype=str(dtype).removeprefix("torch."),
+        agreed=run.agreed,
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -11,11 +13,19 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from ldt_schedules import device
 from ldt_schedules.comm.boundary import BoundaryTransport, TensorGroup
+from ldt_schedules.comm.flight_recorder import FlightRecorder
+from ldt_schedules.comm.gate import Gate
+from ldt_schedules.comm.ledger_file import LedgerFile
 from ldt_schedules.comm.link import connect
+from ldt_schedules.comm.stopping import Stopping
 from ldt_schedules.comm.torch_transport import ProcessTransport
+from ldt_schedules.comm.watch import Members
 from ldt_schedules.megatron import session
 from ldt_schedules.megatron.session import Session, TableSource
 from ldt_schedules.topology import Place, Site, Topology
+
+FLIGHT_DIR, LEDGER_DIR = "flight", "ledger"
+"""In the run's directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +34,23 @@ class Address:
 
     host: str
     port: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vigilance:
+    """How the processes of a run look after each other.
+
+    Attributes:
+        silence_s: a process that is not heard of for so long is taken for lost, and all stop; 0: only one that has gone.
+        quiet_s: a process that waits for so long says for what; 0: never.
+        directory: of the run: a process keeps its ledger there, and when the run fails what it did last; None: nowhere.
+        stops: end this process when another fails, wherever it is.
+    """
+
+    silence_s: float = 0.0
+    quiet_s: float = 0.0
+    directory: Path | None = None
+    stops: bool = False
 
 
 def open_site(topology: Topology, place: Place, rendezvous: Address, timeout_s: float, seed: int) -> None:
@@ -58,6 +85,7 @@ def join_link(
     timeout_s: float,
     backend: str = "auto",
     lead: bool = False,
+    vigilance: Vigilance = Vigilance(),  # noqa: B008 - frozen
 ) -> Session:
     """Connect to the other site and make the session of this process. The cloud's first process listens.
 
@@ -65,6 +93,11 @@ def join_link(
         backend: see `comm.link.connect`.
         lead: between the sites one process of each tensor-parallel group sends and receives for all.
     """
+    name, flight, gate = process_name(place), FlightRecorder(), Gate(str(place.site))
+    directory = vigilance.directory
+    recorded = None if directory is None else directory / FLIGHT_DIR
+    stopping = Stopping(name, flight_place(topology, place), flight, recorded, vigilance.quiet_s)
+    acts = {"on_cause": stopping.on_cause, "on_turn": stopping.on_turn} if vigilance.stops else {}
     link = connect(
         host=address.host,
         port=address.port,
@@ -73,6 +106,11 @@ def join_link(
         total_processes=topology.total_processes,
         timeout_s=timeout_s,
         backend=backend,
+        members=members_of(topology),
+        silence_s=vigilance.silence_s,
+        flight=flight,
+        gate=gate,
+        **acts,
     )
     group = TensorGroup(
         rank=place.tensor_rank,
@@ -80,10 +118,34 @@ def join_link(
         split=topology.size(place.site).sequence_parallel,
         group=parallel_state.get_tensor_model_parallel_group(),
     )
-    transport = BoundaryTransport(ProcessTransport(link), topology, place, group, lead)
-    run = Session(topology, place, link, transport, table_for)
+    transport = BoundaryTransport(ProcessTransport(link), topology, place, group, lead, gate=gate)
+    if directory is not None:
+        stopping.ledger = LedgerFile(directory / LEDGER_DIR, name, str(place.site), link.watch.run, gate.ledger)
+    run = Session(topology, place, link, transport, table_for, ledger=stopping.ledger)
     session.install(run)
     return run
+
+
+def members_of(topology: Topology) -> Members:
+    """Of both sites; the cloud's first process serves, as it does the link's store."""
+    places = topology.places()
+    server = topology.place(Site.CLOUD, 0).global_rank
+    return Members([process_name(place) for place in places], [str(place.site) for place in places], server)
+
+
+def process_name(place: Place) -> str:
+    """`cloud rank 1`: of its site's processes."""
+    return f"{place.site} rank {place.site_rank}"
+
+
+def flight_place(topology: Topology, place: Place) -> dict[str, Any]:
+    """What a flight recorder's file says of whose it is."""
+    return {
+        "site": str(place.site),
+        "site_rank": place.site_rank,
+        "pipeline_rank": place.pipeline_rank,
+        "processes": topology.total_processes,
+    }
 
 
 def leave_link(abandon: bool = False) -> None:
@@ -97,6 +159,8 @@ def leave_link(abandon: bool = False) -> None:
     if run is not None:
         if not abandon:
             run.link.wait_for_all()
+        if run.ledger is not None:
+            run.ledger.write()
         session.uninstall()
         run.link.close()
 

@@ -18,6 +18,8 @@ from ldt_schedules.topology import Site
 
 SWITCH = "--layerwise-disaggregated-training"
 DEFAULT_TIMEOUT_S = 600.0
+DEFAULT_SILENCE_S, DEFAULT_QUIET_S = 15.0, 30.0
+DEFAULT_RUN_DIR = "ldt_run"
 
 DESCRIPTION = """\
 Flags of this project, beside Megatron's own. One command line serves both sites: each takes from it what is its own.
@@ -55,6 +57,9 @@ class Flags:
     link: tuple[str, int] | None
     link_backend: str
     timeout_s: float
+    silence_s: float
+    quiet_s: float
+    run_dir: str
     others: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -117,6 +122,28 @@ def parser() -> argparse.ArgumentParser:
         metavar="S",
         help=f"Longest wait for the other site, in seconds. Default: {DEFAULT_TIMEOUT_S:g}.",
     )
+    group.add_argument(
+        "--ldt-silence-s",
+        type=float,
+        default=DEFAULT_SILENCE_S,
+        metavar="S",
+        help="A process that shows no sign of life for so long is taken for lost, and all stop; 0: never. "
+        f"Default: {DEFAULT_SILENCE_S:g}.",
+    )
+    group.add_argument(
+        "--ldt-quiet-s",
+        type=float,
+        default=DEFAULT_QUIET_S,
+        metavar="S",
+        help=f"A process that waits for so long says what for; 0: never. Default: {DEFAULT_QUIET_S:g}.",
+    )
+    group.add_argument(
+        "--ldt-run-dir",
+        default=DEFAULT_RUN_DIR,
+        metavar="DIR",
+        help="Where each process keeps its ledger of what crossed (`ldt audit DIR`) and, if the run fails, what it did last "
+        f"(`ldt doctor --post-mortem`). Default: {DEFAULT_RUN_DIR}.",
+    )
     return made
 
 
@@ -170,6 +197,9 @@ def parse(arguments: Sequence[str]) -> Flags:
         link=None if found.ldt_link is None else _address(found.ldt_link),
         link_backend=found.ldt_link_backend,
         timeout_s=found.ldt_timeout_s,
+        silence_s=found.ldt_silence_s,
+        quiet_s=found.ldt_quiet_s,
+        run_dir=found.ldt_run_dir,
         others=tuple(others),
         notes=tuple(_notes(found.num_virtual_stages_per_pipeline_rank)),
     )

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ldt_schedules import device
 from ldt_schedules.errors import LdtError
 from ldt_schedules.megatron import session
-from ldt_schedules.megatron.agreement import agree, fingerprint
+from ldt_schedules.megatron.agreement import agree, declared, fingerprint
 from ldt_schedules.megatron.session import Session
-from ldt_schedules.megatron.world import Address, join_link, leave_link
+from ldt_schedules.megatron.stopping_together import stopping_together
+from ldt_schedules.megatron.world import Address, Vigilance, join_link, leave_link
 from ldt_schedules.megatron_lm.schedule import Schedule
 from ldt_schedules.megatron_lm.shared_arguments import shared_arguments
 from ldt_schedules.megatron_lm.sites import Sites
@@ -66,10 +68,21 @@ def _join(expected: _Expected) -> None:
 
     args, sites, schedule = get_args(), expected.sites, expected.schedule
     flags = sites.flags
-    run = join_link(sites.topology, sites.place, expected.link, schedule.table_for, flags.timeout_s, flags.link_backend)
+    run = join_link(
+        sites.topology,
+        sites.place,
+        expected.link,
+        schedule.table_for,
+        flags.timeout_s,
+        flags.link_backend,
+        vigilance=Vigilance(
+            silence_s=flags.silence_s, quiet_s=flags.quiet_s, directory=Path(flags.run_dir), stops=True
+        ),
+    )
     microbatches = args.global_batch_size // (args.micro_batch_size * sites.topology.size(Site.EDGE).data)
     own = {} if schedule.own is None else fingerprint("--ldt-plan", schedule.own)
     shared = {
+        **declared(run),
         **shared_arguments(args, flags),
         **own,
         **fingerprint("schedule", run.table_for(microbatches, False)),
@@ -113,7 +126,8 @@ def leave_after(original: Function) -> Function:
 
     def pretrain(*args: Any, **kwargs: Any) -> Any:
         try:
-            answer = original(*args, **kwargs)
+            with stopping_together():
+                answer = original(*args, **kwargs)
         except SystemExit as stop:  # --exit-interval and the signal handler end so, with a code
             leave_link(abandon=stop.code != 0)
             if stop.code is None:

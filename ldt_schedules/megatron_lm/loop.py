@@ -42,7 +42,7 @@ def parameter_norm_of_both_sites(original: Function) -> Function:
     def calc_params_l2_norm(*args: Any, **kwargs: Any) -> float:
         run = session.current()
         mine = original(*args, **kwargs)
-        return float(mine) if run is None else math.hypot(*both_sites(run, float(mine)))
+        return float(mine) if run is None else math.hypot(*both_sites(run, float(mine), "norms of the parameters"))
 
     return calc_params_l2_norm
 
@@ -53,6 +53,6 @@ def signals_of_both_sites(original: Function) -> Function:
     def signals_received(self: Any) -> list[bool]:
         run = session.current()
         received: list[bool] = original(self)
-        return received if run is None else [anywhere(run, any(received))]
+        return received if run is None else [anywhere(run, any(received), "signals")]
 
     return signals_received

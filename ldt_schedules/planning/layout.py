@@ -17,6 +17,10 @@ from ldt_schedules.planning.errors import ScheduleError
 
 EDGE_RANK = 0
 
+MAX_RANKS = 10_000
+MAX_MICROBATCHES = 1_000_000
+"""Far above any step; a slip like 10000000000 must not fill the memory."""
+
 Edge = tuple[int, int, bool]
 """(stage, stage that reads its output, in this direction?): which way a value goes in the graph of stages."""
 
@@ -61,7 +65,7 @@ class Layout:
 
     Raises:
         ScheduleError: a stage with a wrong index, an input that does not exist, a cycle, no rank, a rank that does not
-            exist, a gap in the rank numbers, one number for two stages of a rank (`Stage.number`).
+            exist, a gap in the rank numbers, more than `MAX_RANKS`, one number for two stages of a rank (`Stage.number`).
     """
 
     stages: tuple[Stage, ...]
@@ -96,6 +100,7 @@ class Layout:
             if used != set(range(len(used))):
                 raise ScheduleError(f"pipeline ranks must be 0..{len(used) - 1} without gaps, got {sorted(used)}")
             object.__setattr__(self, "num_ranks", len(used))
+        _check_count(self.num_ranks)
         for stage in self.stages:
             for rank in stage.ranks:
                 if not 0 <= rank < self.num_ranks:
@@ -121,6 +126,10 @@ class Layout:
         """Raises ScheduleError when a step of the layout cannot have so many microbatches."""
         if num_microbatches < 1:
             raise ScheduleError(f"a step needs at least 1 microbatch, got {num_microbatches}")
+        if num_microbatches > MAX_MICROBATCHES:
+            raise ScheduleError(
+                f"a step has at most {MAX_MICROBATCHES} microbatches, got {num_microbatches}; give fewer"
+            )
         if self.domain_of and len(self.domain_of) != num_microbatches:
             raise ScheduleError(f"domain_of has {len(self.domain_of)} entries for {num_microbatches} microbatches")
 
@@ -138,6 +147,7 @@ class Layout:
         Raises:
             ScheduleError: fewer than 2 ranks (an edge alone is no pipeline), or no domain.
         """
+        _check_count(num_ranks, domains)
         return cls._ring(num_ranks, ["head", *(f"cloud{rank}" for rank in range(1, num_ranks)), "tail"], domains)
 
     @classmethod
@@ -151,6 +161,7 @@ class Layout:
         """
         if laps < 1:
             raise ScheduleError(f"a U has at least 1 lap, got {laps}")
+        _check_count(num_ranks, domains, laps)
         names = [f"lap{s // num_ranks + 1}_{s % num_ranks}" for s in range(laps * num_ranks)]
         return cls._ring(num_ranks, [*names, "tail"], domains)
 
@@ -251,14 +262,19 @@ class Layout:
             ScheduleError: there is no such order; the message names the stages of the cycle.
         """
         order: list[int] = []
-        waiting = {stage.index: set(stage.inputs) for stage in self.stages}
-        while waiting:
-            free = [stage for stage, inputs in waiting.items() if not inputs & waiting.keys()]
-            if not free:
-                raise ScheduleError(f"stages {sorted(waiting)} wait for each other: the graph of stages has a cycle")
+        missing = [len(set(stage.inputs)) for stage in self.stages]
+        free = [stage for stage, inputs in enumerate(missing) if not inputs]
+        while free:
             order += free
-            for stage in free:
-                del waiting[stage]
+            ready = []
+            for stage in (consumer for source in free for consumer in self._consumers[source]):
+                missing[stage] -= 1
+                if not missing[stage]:
+                    ready.append(stage)
+            free = sorted(ready)
+        if len(order) < len(self.stages):
+            rest = sorted({*range(len(self.stages))}.difference(order))
+            raise ScheduleError(f"stages {rest} wait for each other: the graph of stages has a cycle")
         return tuple(order)
 
     @property
@@ -272,9 +288,11 @@ class Layout:
 
     @cached_property
     def _consumers(self) -> tuple[tuple[int, ...], ...]:
-        return tuple(
-            tuple(consumer.index for consumer in self.stages if stage.index in consumer.inputs) for stage in self.stages
-        )
+        found: list[list[int]] = [[] for _ in self.stages]
+        for consumer in self.stages:
+            for source in set(consumer.inputs):
+                found[source].append(consumer.index)
+        return tuple(map(tuple, found))
 
     def inputs(self, stage: int) -> tuple[int, ...]:
         """The stages whose outputs stage `stage` reads."""
@@ -331,3 +349,10 @@ class Layout:
     def neighbours_on(self, stages: tuple[int, ...], rank: int, microbatch: int) -> list[int]:
         """Those of `stages` that run `microbatch` on `rank`."""
         return [stage for stage in stages if self.rank_of(stage, microbatch) == rank]
+
+
+def _check_count(num_ranks: int, domains: int = 1, laps: int = 1) -> None:
+    """Raises ScheduleError for more ranks, or stages on a rank, than anybody can mean."""
+    if num_ranks > MAX_RANKS or num_ranks * max(domains, laps) > MAX_RANKS:
+        times = "".join(f" x {n} {what}" for n, what in ((domains, "domains"), (laps, "laps")) if n > 1)
+        raise ScheduleError(f"a pipeline has at most {MAX_RANKS} ranks, those of all domains, got {num_ranks}{times}")

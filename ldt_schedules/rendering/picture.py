@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("png", "svg")
 MAX_ARROWS = 250
-_COLOURS = {
+COLOURS = {
     (Kind.F, FIRST): "#8CCBF0", (Kind.F, LATER): "#3F9BD1", (Kind.F, TAIL): "#005A92",
     (Kind.B, FIRST): "#F5BE4F", (Kind.B, LATER): "#E08A1E", (Kind.B, TAIL): "#B84A00",
     (Kind.I, FIRST): "#6FCFB1", (Kind.I, LATER): "#1FA37C", (Kind.I, TAIL): "#00644A",
@@ -148,7 +148,7 @@ def _add_spans(ax: Axes, panel: Panel, factor: float, points_per_time: float, nu
     border = 0.5 if widths and widths[len(widths) // 10] > 3 else 0.0
     for (kind, place), spans in groups.items():
         boxes = [_box(span.rank, span.start * factor, span.end * factor) for span in spans]
-        _add_boxes(ax, boxes, _COLOURS[kind, place], f"spans-{number}-{kind}-{place}", zorder=3, linewidth=border)
+        _add_boxes(ax, boxes, COLOURS[kind, place], f"spans-{number}-{kind}-{place}", zorder=3, linewidth=border)
     _add_numbers(ax, panel, factor, points_per_time)
 
 
@@ -227,7 +227,7 @@ def _add_legend(figure: Figure, panels: Sequence[Panel], width: float, every: in
         for panel in panels
         for span in panel.trace.timeline.spans
     }
-    for (kind, place), colour in _COLOURS.items():
+    for (kind, place), colour in COLOURS.items():
         if (kind, place) in used:
             suffix = {FIRST: "", LATER: ", later stage of the rank", TAIL: ", tail"}[place]
             handles.append(Patch(facecolor=colour, label=KIND_NAMES[kind] + suffix))

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from ldt_schedules.comm.flight_recorder import FlightRecorder
 from ldt_schedules.comm.transport import RecvHandle, SendHandle, Transport
 from ldt_schedules.errors import LdtError
 from ldt_schedules.planning.actions import Action, Kind
@@ -99,6 +100,7 @@ class Executor:
             dtype.
         blocking: wait for each message before going on, instead of posting it and waiting at first use.
         recorder: takes the times.
+        flight: is told what this rank is at.
     """
 
     table: ScheduleTable
@@ -108,6 +110,7 @@ class Executor:
     spec: Callable[[Value], Any]
     blocking: bool = False
     recorder: StepRecorder = field(default_factory=StepRecorder)
+    flight: FlightRecorder = field(default_factory=FlightRecorder)
 
     def __post_init__(self) -> None:
         self._flow = Dataflow(self.table.layout, self.table.forward_only)
@@ -131,13 +134,15 @@ class Executor:
         """
         with self.recorder.step():
             for index, action in enumerate(self.table.ranks[self.rank]):
+                self.flight.begin(index, action)
                 try:
                     self._handlers[action.kind](action)
                 except Exception as error:
                     raise ActionError(self.rank, index, action, error) from error
+                self.flight.end()
                 while self._sending and self._sending[0].is_complete():
                     self._sending.popleft()
-            with self.recorder.waiting():
+            with self.recorder.waiting(), self.flight.waiting("its last messages to be taken"):
                 for handle in self._sending:
                     handle.wait()
         self._sending.clear()
@@ -171,20 +176,29 @@ class Executor:
         assert action.peer is not None
         for value, message in zip(self._flow.takes(action), self._flow.makes(action), strict=True):
             handle = self.transport.post_send(
-                self._content(value), peer=action.peer, lane=lane_of(self.rank, action), tag=self._tag(message)
+                self._content(value),
+                self.spec(message),
+                what=message.what,
+                peer=action.peer,
+                lane=lane_of(self.rank, action),
+                tag=self._tag(message),
             )
             self._sending.append(handle)
             if self.blocking:
-                with self.recorder.waiting():
+                with self.recorder.waiting(), self.flight.waiting(action):
                     handle.wait()
 
     def _recv(self, action: Action) -> None:
         assert action.peer is not None
         for message, value in zip(self._flow.takes(action), self._flow.makes(action), strict=True):
             handle = self.transport.post_recv(
-                self.spec(message), peer=action.peer, lane=lane_of(self.rank, action), tag=self._tag(message)
+                self.spec(message),
+                what=message.what,
+                peer=action.peer,
+                lane=lane_of(self.rank, action),
+                tag=self._tag(message),
             )
-            self._buffers.put(value, _Posted(handle))
+            self._buffers.put(value, _Posted(handle, action))
             if self.blocking:
                 self._buffers.put(value, self._content(value))
 
@@ -192,7 +206,7 @@ class Executor:
         content = self._buffers.take(value)
         if not isinstance(content, _Posted):
             return content
-        with self.recorder.waiting():
+        with self.recorder.waiting(), self.flight.waiting(content.action):
             return content.handle.wait()
 
     def _tag(self, message: Value) -> int:
@@ -212,3 +226,4 @@ def _unpacked(action: Action) -> list[Action]:
 @dataclass(frozen=True, slots=True)
 class _Posted:
     handle: RecvHandle
+    action: Action

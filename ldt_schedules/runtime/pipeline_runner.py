@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from ldt_schedules.comm.abort import Aborted, Cause
+from ldt_schedules.comm.cause import Aborted, Cause
 from ldt_schedules.comm.message_transport import Expected, MessageTransport
 from ldt_schedules.errors import ConfigError, LdtError
 from ldt_schedules.planning.dependencies import Value, What
@@ -92,7 +92,7 @@ class PipelineRunner:
             self._check_arguments()
             self._agree()
         except (ScheduleError, ConfigError) as error:
-            transport.abort.declare(Cause(f"rank {rank}: {error}", rank))
+            transport.link.watch.declare(Cause(f"rank {rank}: {error}", rank))
             raise
 
     def step(
@@ -200,7 +200,7 @@ class PipelineRunner:
             cause = first.cause
         else:
             index = error.index if isinstance(error, ActionError) else None
-            cause = self.transport.abort.declare(Cause(self._told(index, error), self.rank, index))
+            cause = self.transport.link.watch.declare(Cause(self._told(index, error), self.rank, index))
         text = f"rank {self.rank} stopped because {cause.text}"
         if cause.rank is not None and cause.index is not None:
             text += "\n" + grid.excerpt(self.table, cause.rank, cause.index)

@@ -1,7 +1,8 @@
 """From a YAML file and `key=value` overrides to plain dictionaries, and from pydantic's complaints to ours.
 
-Two habits of YAML 1.1 are taken away because they bite: `1e-3` is a number here (YAML says string), and a key that
-is written twice is an error (YAML keeps the last, silently).
+Habits of YAML 1.1 that bite are taken away. `1e-3` is a number here (YAML says string), `2026-01-31` is text, as in a
+directory's name (YAML says date), and a key that is written twice is an error (YAML keeps the last, silently). Tags are
+refused, and names for whole sections: with ten of them a short file stands for more than any memory holds.
 """
 
 from __future__ import annotations
@@ -10,28 +11,71 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from ldt_schedules.errors import ConfigError
 
+_MAX_DEPTH = 16
+_LARGEST = 2**63
+
 
 class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if getattr(event, "tag", None) is not None:
+            raise _bad(f"the tag {event.tag} has no place here; write the value alone, text in quotes", event)
+        self._depth += 1
+        if self._depth > _MAX_DEPTH:
+            raise _bad(f"sections and lists are nested deeper than {_MAX_DEPTH} levels", event)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if isinstance(node, yaml.ScalarNode) and "\0" in node.value:
+            raise _bad("a NUL character, which no name of a file may have", event)
+        if isinstance(event, yaml.AliasEvent) and not isinstance(node, yaml.ScalarNode):
+            raise _bad(f"*{event.anchor} stands for a section or a list; write it out", event)
+        return node
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise _bad("a section or a list cannot be a key", key)
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} appears twice", key.start_mark)
+                raise _bad(f"key {key.value!r} appears twice", key)
             seen.add(key.value)
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
         return mapping
 
+    def number(self, node: yaml.ScalarNode) -> int | float:
+        """Whatever YAML takes for a number. It counts in twos, eights, sixteens and sixties, too."""
+        whole = node.tag.endswith(":int")
+        try:
+            value: int | float = self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
+        except ValueError:
+            raise _bad(f"{node.value[:40]!r} is no number", node) from None
+        if not -_LARGEST < value < _LARGEST:
+            raise _bad(f"{node.value[:40]!r} is larger than any number of a config, or no number", node)
+        return value
+
+
+def _bad(problem: str, at: yaml.Node | yaml.Event) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
+
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(?:\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.number)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -112,6 +112,12 @@ def _text_of_line(file: Path, number: int, raw: bytes) -> str:
     if not isinstance(text, str):
         keys = f"an object with the keys {', '.join(entry) or '(none)'}" if isinstance(entry, dict) else "no object"
         raise ConfigError(f'data.path {file}, line {number}: {keys}; an object with a string "text" is needed')
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"data.path {file}, line {number}: the text has half a surrogate pair; whole Unicode characters are needed"
+        ) from None
     return text
 
 

@@ -27,7 +27,7 @@ def holds_messages(config: TrainConfig) -> bool:
     data = config.data
     if config.has_vision or data.format != "auto":
         return config.has_vision or data.format == "messages"
-    if data.path is None or not is_jsonl(Path(data.path)) or not Path(data.path).is_file():
+    if data.path is None or not is_jsonl(Path(data.path)):
         return False
     first = _first_line(Path(data.path))
     if not isinstance(first, dict):
@@ -51,10 +51,10 @@ def has_segments(config: TrainConfig) -> bool:
 
 
 def _first_line(file: Path) -> Any:
-    """The first line that is not blank, read; None where that is no JSON."""
-    with file.open("rb") as stream:
-        raw = next((line for line in stream if line.strip()), b"")
+    """The first line that is not blank, read; None where that is no JSON, or no file that can be read."""
     try:
+        with file.open("rb") as stream:
+            raw = next((line for line in stream if line.strip()), b"")
         return json.loads(raw)
-    except (ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError):
         return None

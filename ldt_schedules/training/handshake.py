@@ -21,4 +21,4 @@ def agree(config: TrainConfig, run: Session) -> None:
 def fingerprint(config: TrainConfig, run: Session) -> dict[str, Any]:
     """What must be equal: the config's shared keys, and the schedule whatever file it came from."""
     table = run.table_for(config.num_microbatches, False)
-    return {**shared_fingerprint(config), **agreement.fingerprint("schedule", table)}
+    return {**agreement.declared(run), **shared_fingerprint(config), **agreement.fingerprint("schedule", table)}

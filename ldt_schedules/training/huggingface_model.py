@@ -43,7 +43,10 @@ def with_sizes(content: dict[str, Any]) -> dict[str, Any]:
         return content
     from ldt_schedules.megatron.huggingface.directory import open_directory
 
-    settings = open_directory(Path(path), part=True).settings
+    try:
+        settings = open_directory(Path(path), part=True).settings
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     completed, of_text = dict(content), {"num_layers": 0}
     for section in ("model", "vision"):
         given, found = sections[section], settings.get(section, of_text)

@@ -13,7 +13,9 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from ldt_schedules.megatron.checkpoints.site_directory import Saved
 from ldt_schedules.megatron.checkpoints.site_saver import SiteSaver
 from ldt_schedules.megatron.checkpoints.site_state import Trainee, check_savable
 from ldt_schedules.megatron.segments import SegmentedMicrobatches
+from ldt_schedules.megatron.stopping_together import stopping_together
 from ldt_schedules.topology import Place, Site
 from ldt_schedules.training.checkpointing import Start, find_start, restore, saver
 from ldt_schedules.training.config import TrainConfig
@@ -145,7 +148,9 @@ def open_process(config: TrainConfig, site: Site, vocab_slices: int | None = Non
     if tables is not None:
         link = world.Address(host=config.link.host, port=config.link.port)
         lead = config.link.boundary == "lead"
-        run = world.join_link(topology, place, link, tables, config.link.timeout_s, config.link.backend, lead)
+        run = world.join_link(
+            topology, place, link, tables, config.link.timeout_s, config.link.backend, lead, vigilance(config)
+        )
         agree(config, run)
         if config.has_vision:
             announce_microbatches(config, run, device.current_device())
@@ -161,21 +166,32 @@ def open_process(config: TrainConfig, site: Site, vocab_slices: int | None = Non
     return process
 
 
+def vigilance(config: TrainConfig) -> world.Vigilance:
+    """As the config has it."""
+    return world.Vigilance(
+        silence_s=config.link.silence_s,
+        quiet_s=config.link.quiet_s,
+        directory=Path(config.train.output_dir),
+        stops=True,
+    )
+
+
 def run_site(config: TrainConfig, site: str, json_output: bool) -> None:
     """Be one process of `site` from start to end.
 
     Raises:
         ConfigError, LdtError: see `open_process`.
     """
-    process = open_process(config, Site(site))
-    loop = Loop(process, trace_writer(config, process.place), saver(process.start, config, process.place))
-    if process.place.site is Site.EDGE and process.place.site_rank == 0:
-        _run_and_show(loop, json_output)
-    else:
-        for _ in loop.steps():
-            pass
-        _save(process)
-    world.close_site()
+    with stopping_together():
+        process = open_process(config, Site(site))
+        loop = Loop(process, trace_writer(config, process.place), saver(process.start, config, process.place))
+        if process.place.site is Site.EDGE and process.place.site_rank == 0:
+            _run_and_show(loop, json_output)
+        else:
+            for _ in loop.steps():
+                pass
+            _save(process)
+        world.close_site()
 
 
 def _save(process: Process) -> None:
@@ -248,9 +264,16 @@ class Loop:
         if iteration % train.save_interval == 0 or iteration == train.iterations:
             samples = self.process.start.consumed_samples
             samples += (iteration - self.process.start.iteration) * train.global_batch_size
-            yield from self.saver.save(self.process.trainee, iteration, samples)
+            with self._at("saving a checkpoint"):
+                complete = self.saver.save(self.process.trainee, iteration, samples)
+            yield from complete
         else:
             yield from self.saver.poll()
+
+    def _at(self, what: str) -> AbstractContextManager[None]:
+        """Inside, this process is at something that is no action of the table."""
+        run = session.current()
+        return nullcontext() if run is None else run.link.flight.doing(what)
 
     def _step(self, iteration: int, source: Iterator[Any] | None) -> StepReport:
         config = self.process.config

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ldt_schedules.planning.layout import MAX_RANKS
 from ldt_schedules.planning.planners import PLANNERS
 from ldt_schedules.training.checkpoint_keys import CheckpointKeys
 from ldt_schedules.training.rope_section import RopeScalingSection
@@ -138,7 +139,9 @@ class EdgeSection(Section):
 class CloudSection(EdgeSection):
     """The site that holds the middle layers: pipeline ranks 1, 2, ..."""
 
-    pipeline_ranks: int = Field(2, ge=0, description="pipeline ranks of the cloud; 0 trains on the edge alone")
+    pipeline_ranks: int = Field(
+        2, ge=0, lt=MAX_RANKS, description="pipeline ranks of the cloud; 0 trains on the edge alone"
+    )
 
 
 class SitesSection(Section):
@@ -264,6 +267,21 @@ class LinkSection(Section):
         "slices", description="tensors cross cut over the tensor-parallel processes, or whole from the first one"
     )
     backend: Literal["auto", "gloo", "nccl", "hccl"] = Field("auto", description="transport of activations")
+    silence_s: float = Field(
+        15.0,
+        ge=0.0,
+        description="seconds without a sign of life, 2 or more, after which a process is taken for lost and all stop; 0: never",
+    )
+    quiet_s: float = Field(
+        30.0, ge=0.0, description="seconds of waiting after which a process says what it waits for; 0: never"
+    )
+
+    @field_validator("silence_s")
+    @classmethod
+    def _hears_beats(cls, silence_s: float) -> float:
+        if 0 < silence_s < 2:
+            raise ValueError("Value should be 2 or more (signs of life come every 0.5 s), or 0 for never")
+        return silence_s
 
     @field_validator("address")
     @classmethod

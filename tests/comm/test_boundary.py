@@ -41,6 +41,7 @@ def there_and_back(boundary: Any, shape: tuple[int, ...], number: int) -> dict[s
 
     from ldt_schedules.comm.transport import TensorSpec
     from ldt_schedules.planning.channels import lane
+    from ldt_schedules.planning.dependencies import What
 
     whole = torch.arange(float(torch.Size(shape).numel())).view(shape)
     local = boundary.group.part_of(whole) if boundary.group.split else whole
@@ -49,11 +50,11 @@ def there_and_back(boundary: Any, shape: tuple[int, ...], number: int) -> dict[s
     up, down = 2 * number, 2 * number + 1
     spec = TensorSpec(tuple(local.shape), local.dtype)
     if here == 0:
-        sent = boundary.post_send(local, peer=there, lane=lane(here, there), tag=up)
-        got = boundary.post_recv(spec, peer=there, lane=lane(there, here), tag=down).wait()
+        sent = boundary.post_send(local, spec, what=What.ACTIVATION, peer=there, lane=lane(here, there), tag=up)
+        got = boundary.post_recv(spec, what=What.GRADIENT, peer=there, lane=lane(there, here), tag=down).wait()
     else:
-        got = boundary.post_recv(spec, peer=there, lane=lane(there, here), tag=up).wait()
-        sent = boundary.post_send(got, peer=there, lane=lane(here, there), tag=down)
+        got = boundary.post_recv(spec, what=What.ACTIVATION, peer=there, lane=lane(there, here), tag=up).wait()
+        sent = boundary.post_send(got, spec, what=What.GRADIENT, peer=there, lane=lane(here, there), tag=down)
     sent.wait()
     return {
         "case": f"{boundary.topology}, lead {boundary.lead}, {shape}",

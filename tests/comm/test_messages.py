@@ -14,6 +14,7 @@ from ldt_schedules.comm.ports import free_ports
 from ldt_schedules.comm.ranks import connect_ranks
 from ldt_schedules.errors import LdtError
 from ldt_schedules.planning.channels import lane
+from ldt_schedules.planning.dependencies import What
 
 DTYPES = [
     torch.float64,
@@ -109,12 +110,12 @@ def exchange(rank: int, port: int) -> list[object]:
             torch.ones(300_000),
         ]
         if rank == 0:
-            handles = [transport.post_send(one, peer=1, lane=there, tag=tag) for tag, one in enumerate(sent)]
+            handles = [transport.post_send(one, None, what=What.ACTIVATION, peer=1, lane=there, tag=tag) for tag, one in enumerate(sent)]
             for handle in handles:
                 handle.wait()
             transport.wait_for_all()
             return [transport.traffic.sent_bytes]
-        posted = [transport.post_recv(lambda: None, peer=0, lane=there, tag=tag) for tag in range(len(sent))]
+        posted = [transport.post_recv(lambda: None, what=What.ACTIVATION, peer=0, lane=there, tag=tag) for tag in range(len(sent))]
         for handle, content in reversed(list(zip(posted, sent, strict=True))):
             assert_equal(handle.wait(), content)
         transport.wait_for_all()

@@ -1,4 +1,6 @@
-"""What the ranks are forked with: the imports that take seconds, and nothing that starts a thread."""
+"""What the ranks are forked with: the imports that take seconds, our patches, and nothing that starts a thread.
+
+To apply patches is to look through all that is loaded; in a forked process that copies it, page by page."""
 
 import warnings
 
@@ -9,7 +11,8 @@ with warnings.catch_warnings():
 
     import ldt_schedules.megatron.world
     import ldt_schedules.training.loop  # noqa: F401
-    import patches  # noqa: F401
+    import patches
 
 # megatron-core 0.16.1 reads this name even where transformer-engine, which defines it, is not installed.
 vars(moe_utils).setdefault("te_general_gemm", None)
+patches.apply_all()

@@ -29,10 +29,14 @@ def site_ports() -> dict[str, int]:
     return dict(zip(("edge", "cloud", "link"), free_ports(3), strict=True))
 
 
-def _answer(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _answer(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...], bare: bool) -> None:
     import torch
 
+    import patches
+
     torch.set_num_threads(1)
+    if bare:
+        patches.revert_all()
     try:
         pipe.send((True, function(*arguments)))
     except BaseException:
@@ -47,14 +51,21 @@ class Workers:
     """
 
     def run(
-        self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], timeout_s: float = 90
+        self,
+        function: Callable[..., Any],
+        arguments: Sequence[tuple[Any, ...]],
+        timeout_s: float = 90,
+        bare: bool = False,
     ) -> list[Any]:
         """Call `function(*arguments[rank])` on rank 0, 1, …, all at once; return what each gave.
+
+        Args:
+            bare: in processes without our patches, Megatron as it is installed.
 
         Raises:
             WorkerFailure: with the traceback of every rank that failed.
         """
-        running = [self._start(function, argument) for argument in arguments]
+        running = [self._start(function, argument, bare) for argument in arguments]
         try:
             answers, failures = self._collect(running, timeout_s)
         finally:
@@ -90,9 +101,9 @@ class Workers:
         return answers, failures
 
     @staticmethod
-    def _start(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, Connection]:
+    def _start(function: Callable[..., Any], arguments: tuple[Any, ...], bare: bool) -> tuple[Any, Connection]:
         ours, theirs = CONTEXT.Pipe()
-        process = CONTEXT.Process(target=_answer, args=(theirs, function, arguments), daemon=True)
+        process = CONTEXT.Process(target=_answer, args=(theirs, function, arguments, bare), daemon=True)
         process.start()
         theirs.close()
         return process, ours

@@ -96,7 +96,7 @@ def continue_plain(
 def run(workers: Workers, one: Run) -> Result:
     """In `tensor * pipeline` processes."""
     size, (port,) = one.tensor * one.pipeline, free_ports(1)
-    ranks: list[Result] = workers.run(_rank, [(one, rank, port) for rank in range(size)], timeout_s=110)
+    ranks: list[Result] = workers.run(_rank, [(one, rank, port) for rank in range(size)], timeout_s=110, bare=True)
     return Result(
         ranks[-1].losses,
         {name: value for rank in ranks for name, value in rank.weights.items()},

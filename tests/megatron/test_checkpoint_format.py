@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ldt_schedules.errors import ConfigError
+from ldt_schedules.megatron.checkpoints import safe_pickle
 from ldt_schedules.megatron.checkpoints.torch_dist import open_checkpoint
 from ldt_schedules.megatron.checkpoints.torch_dist_writer import ChunkWriter, write_common, write_index
 
@@ -85,8 +86,6 @@ def test_classes_of_this_process_stay_what_they_are(tmp_path):
     """A pickle may set attributes of what it names; it gets subclasses of its own."""
     from argparse import Namespace
 
-    from ldt_schedules.megatron.checkpoints import safe_pickle
-
     code = b"cargparse\nNamespace\nN}(Vpoison\nVhere\nu\x86b."
     poisoned = safe_pickle.load(io.BytesIO(code))
     assert poisoned.poison == "here" and not hasattr(Namespace, "poison")
@@ -134,6 +133,26 @@ def test_no_code_of_a_checkpoint_runs(tmp_path):
             with checkpoint.reading() as reader:
                 reader.object("rng/shard_0_1")
         assert not marker.exists()
+
+
+class MemberByGetattr:
+    """As Python 3.11.0 to 3.11.3 pickle a member of an enum."""
+
+    def __init__(self, owner, name):
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return getattr, (self.owner, self.name)
+
+
+def test_members_of_enums_are_written_by_getattr_by_some_pythons():
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+
+    kind = safe_pickle.load(io.BytesIO(pickle.dumps(MemberByGetattr(_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT"))))
+    assert isinstance(kind, safe_pickle.Inert)
+    for owner, name in ((torch.Size, "__new__"), ("text", "format")):
+        with pytest.raises(safe_pickle.Forbidden, match="getattr"):
+            safe_pickle.load(io.BytesIO(pickle.dumps(MemberByGetattr(owner, name))))
 
 
 def test_a_hostile_tensor_is_refused(tmp_path):

@@ -62,7 +62,7 @@ def registered_twice() -> dict[str, Any]:
 
 def test_a_declaration_becomes_one_wrapper(workers):
     """Their manager knows a wrapper by the end of its name and by its identity; twice must not be two."""
-    (seen,) = workers.run(registered_twice, [()])
+    (seen,) = workers.run(registered_twice, [()], bare=True)
     assert list(seen["wrappers"]) == seen["declared"]
     assert all(len(names) == 1 and names[0].endswith("_wrapper") for names in seen["wrappers"].values())
     assert seen["depth"] == 1
@@ -87,7 +87,7 @@ def ours_was_first() -> dict[str, Any]:
 
 def test_what_our_own_manager_has_applied_is_left_alone(workers):
     """Twice would join the gradient norm of the sites twice: a factor of the root of 2."""
-    (seen,) = workers.run(ours_was_first, [()])
+    (seen,) = workers.run(ours_was_first, [()], bare=True)
     assert seen["depth"] == 1
 
 
@@ -123,7 +123,7 @@ def their_wrapper_in_between() -> dict[str, Any]:
 
 
 def test_other_features_patch_the_same_target(workers):
-    (seen,) = workers.run(their_wrapper_in_between, [()])
+    (seen,) = workers.run(their_wrapper_in_between, [()], bare=True)
     assert seen == {"below a wrapper": 1, "over a replacement": 1, "which is called": 7.0}
 
 
@@ -161,7 +161,7 @@ def refused(change: dict[str, Any]) -> dict[str, Any]:
     ],
 )
 def test_every_misfit_is_named_and_nothing_is_registered(workers, change, message):
-    (seen,) = workers.run(refused, [(change,)])
+    (seen,) = workers.run(refused, [(change,)], bare=True)
     assert message in seen["message"]
     assert "megatron.core.no_such_module:name: does not exist" in seen["message"]
     assert seen["registered"] == [] and not seen["new"]
@@ -219,7 +219,7 @@ def mm_took_over(applied_before: bool) -> dict[str, Any]:
 @pytest.mark.parametrize("applied_before", [False, True])
 def test_the_key_of_the_model_json_is_ours(workers, applied_before):
     """Wrappers stack, so a list of theirs that was applied already must be taken back and not only replaced."""
-    (seen,) = workers.run(mm_took_over, [(applied_before,)])
+    (seen,) = workers.run(mm_took_over, [(applied_before,)], bare=True)
     assert seen == {
         "barrier": True,
         "schedule": True,
@@ -264,7 +264,7 @@ def mm_refused(what: str) -> str:
     ],
 )
 def test_the_wrong_moment_or_version_is_refused(workers, what, message):
-    (said,) = workers.run(mm_refused, [(what,)])
+    (said,) = workers.run(mm_refused, [(what,)], bare=True)
     if what == "version" and "megatron-core is 0.16.1" not in said:
         pytest.skip("the megatron-core that is installed is one that MindSpeed is made for")
     assert message in said
@@ -311,7 +311,7 @@ THEIRS = ["UShapedSplitFeature", "VTPFeature", "VirtualDPFeature"]
 @pytest.mark.parametrize("switch", [False, True])
 def test_our_feature_takes_the_place_of_three(workers, switch):
     """The base class applies a feature of level 0 with its flag off; arguments are registered more than once."""
-    (seen,) = workers.run(llm_list, [(switch, ["Dataset", *THEIRS, "Qat"])])
+    (seen,) = workers.run(llm_list, [(switch, ["Dataset", *THEIRS, "Qat"])], bare=True)
     assert seen["own"] == ["mindspeeds_own"]
     assert seen["names"] == ["Dataset", "Qat", "LdtSchedulesFeature"]
     assert seen["needed"] is switch
@@ -370,13 +370,13 @@ def another_schedule(path: str, name: str) -> str:
 )
 def test_another_feature_that_replaces_the_schedule_is_refused(workers, path, name, refused):
     """Theirs would lose its effect without a word, or take ours away."""
-    (said,) = workers.run(another_schedule, [(path, name)])
+    (said,) = workers.run(another_schedule, [(path, name)], bare=True)
     assert (f"{path} by tests.mindspeed.test_registration.{name}" in said) is refused
     assert refused or said == "accepted"
 
 
 def test_a_renamed_feature_is_refused_by_name(workers):
-    (seen,) = workers.run(llm_list, [(False, ["Dataset", "UShapedSplitFeature", "VirtualDP2Feature"])])
+    (seen,) = workers.run(llm_list, [(False, ["Dataset", "UShapedSplitFeature", "VirtualDP2Feature"])], bare=True)
     assert "this MindSpeed-LLM has no feature VTPFeature, VirtualDPFeature" in seen["message"]
 
 

@@ -18,7 +18,7 @@ FLOAT32, FLOAT64 = 5e-6, 1e-12
 
 def run(workers: Any, case: Case) -> list[dict[str, Any]]:
     ports = site_ports()
-    return workers.run(train_rank, [(case, place.global_rank, ports) for place in case.topology.places()])
+    return workers.run(train_rank, [(case, place.global_rank, ports) for place in case.topology.places()], bare=True)
 
 
 _one_process: dict[Case, dict[str, Any]] = {}
@@ -90,7 +90,7 @@ def test_param_sync_and_virtual_ranks(workers):
 )
 def test_what_does_not_fit_the_layout_is_refused(workers, what, message):
     case, ports = Case(2, 1), site_ports()
-    assert [m for m in workers.run(misfit, [(case, rank, ports, what) for rank in range(2)]) if message not in m] == []
+    assert [m for m in workers.run(misfit, [(case, rank, ports, what) for rank in range(2)], bare=True) if message not in m] == []
 
 
 def test_a_forgotten_finalisation_of_the_second_lap_would_be_seen(workers):

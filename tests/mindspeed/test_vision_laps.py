@@ -37,14 +37,14 @@ _one_process: dict[VisionCase, dict[str, Any]] = {}
 def one_process(workers: Any, case: VisionCase) -> dict[str, Any]:
     """Run once and remembered."""
     if case not in _one_process:
-        (_one_process[case],) = workers.run(train_rank, [(case, 0, site_ports())])
+        (_one_process[case],) = workers.run(train_rank, [(case, 0, site_ports())], bare=True)
     return _one_process[case]
 
 
 def check(workers: Any, case: VisionCase) -> list[dict[str, Any]]:
     """Every gradient, every report and every evaluation of the split model against one process."""
     ports, places = site_ports(), list(case.topology.places())
-    ranks = workers.run(train_rank, [(case, place.global_rank, ports) for place in places])
+    ranks = workers.run(train_rank, [(case, place.global_rank, ports) for place in places], bare=True)
     reference = one_process(workers, whole(case))
     tolerance = FLOAT64 if case.double else FLOAT32
     names: set[str] = set()

@@ -43,9 +43,9 @@ def run_rank(rank: int, num_ranks: int, port: int, tables: list[str], absent: bo
         messages: Counter[int] = Counter()
         original = transport.post_send
 
-        def counting(content: Any, /, *, peer: int, **rest: Any) -> Any:
+        def counting(content: Any, spec: Any, /, *, peer: int, **rest: Any) -> Any:
             messages[peer] += 1
-            return original(content, peer=peer, **rest)
+            return original(content, spec, peer=peer, **rest)
 
         transport.post_send = counting  # type: ignore[method-assign]
         for text in tables:

@@ -93,6 +93,7 @@ def test_a_header_holds_no_data():
         "told",
         "failure",
         "mistake",
+        "agreed",
     }
     assert HEADER.to_message()["told"] is HEADER.to_message()["failure"] is None
 

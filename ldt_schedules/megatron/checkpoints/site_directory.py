@@ -22,13 +22,17 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ldt_schedules.errors import ConfigError
 
 MANIFEST = "ldt.json"
 LATEST = "latest_checkpointed_iteration.txt"
-_STEP = re.compile(r"^iter_(\d{7,})$")
+_STEP = re.compile(r"^iter_([0-9]{7,18})\Z")
+_LATEST_STEP = re.compile(r"[0-9]{1,18}")
+_STRICT = ConfigDict(strict=True, extra="forbid")
 _ASIDE = "abandoned_"
 _BLOCK = 1 << 22
 _PROBE_BYTES = 1 << 22
@@ -38,6 +42,8 @@ _FORMAT = 1
 @dataclass(frozen=True)
 class FileInfo:
     """Of a file of a checkpoint."""
+
+    __pydantic_config__ = _STRICT
 
     num_bytes: int
     sha256: str
@@ -56,7 +62,9 @@ class Manifest:
         versions: of what wrote it.
     """
 
-    site: str
+    __pydantic_config__ = _STRICT
+
+    site: Literal["edge", "cloud"]
     iteration: int
     run: str
     sizes: Mapping[str, int]
@@ -65,6 +73,9 @@ class Manifest:
     versions: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, FileInfo] = field(default_factory=dict)
     format: int = _FORMAT
+
+
+_READER = TypeAdapter(Manifest)
 
 
 @dataclass(frozen=True)
@@ -101,12 +112,15 @@ def newest_step(path: Path) -> Path:
     """
     if (path / "metadata.json").is_file() or not (path / LATEST).is_file():
         return path  # what it is else, the reader says
-    named = (path / LATEST).read_text(encoding="utf-8").strip()
+    try:
+        named = (path / LATEST).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path / LATEST} cannot be read ({error}); give a step's own directory") from None
     if named == "release":
         return path / named
-    if not named.isdecimal():
+    if not _LATEST_STEP.fullmatch(named):
         raise ConfigError(
-            f"{path / LATEST} says {named!r}, which is no step; correct it, or give a step's own directory"
+            f"{path / LATEST} says {named[:40]!r}, which is no step; correct it, or give a step's own directory"
         )
     return path / step_name(int(named))
 
@@ -203,12 +217,15 @@ def read_manifest(step: Path, site: str | None = None) -> Manifest:
     """Raises ConfigError: there is none, it is damaged, or of the other site."""
     path = step / MANIFEST
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        manifest = Manifest(**{**content, "files": {name: FileInfo(**info) for name, info in content["files"].items()}})
+        manifest = _READER.validate_json(path.read_bytes())
     except FileNotFoundError:
         raise ConfigError(f"{step} is no checkpoint of a site: it has no {MANIFEST}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} is damaged ({error}); use an older step") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{path} is damaged ({where[:200]}: {first['msg'][:200]}); use an older step") from None
     if manifest.format != _FORMAT:
         raise ConfigError(f"{path} is of format {manifest.format}, known is {_FORMAT}; use the version that wrote it")
     named = _STEP.match(step.resolve().name)

@@ -23,17 +23,23 @@ from ldt_schedules.planning.table import ScheduleTable
 
 FORMAT = "ldt-table/1"
 LAYOUT_KEYS = ("num_ranks", "domain_of", "stages")
+_ROWS_NAMED = 20
 _KEYS = ("format", "num_microbatches", *LAYOUT_KEYS, "ranks", "forward_only")
 
 
 def dumps(table: ScheduleTable) -> str:
     """The table as text; equal tables give equal text."""
+    return json.dumps(as_object(table), indent=1) + "\n"
+
+
+def as_object(table: ScheduleTable) -> dict[str, Any]:
+    """The table as what JSON can write."""
     content: dict[str, Any] = {"format": FORMAT, "num_microbatches": table.num_microbatches}
     if table.forward_only:
         content["forward_only"] = True
     content.update(layout_content(table.layout))
     content["ranks"] = {str(rank): [str(action) for action in row] for rank, row in enumerate(table.ranks)}
-    return json.dumps(content, indent=1) + "\n"
+    return content
 
 
 def layout_content(layout: Layout) -> dict[str, Any]:
@@ -79,9 +85,11 @@ def loads(text: str) -> ScheduleTable:
     if set(ranks) - expected:
         extra = ", ".join(sorted(set(ranks) - expected))
         raise ScheduleError(f'"ranks" has {extra}; the stages stand on ranks 0..{layout.num_ranks - 1}')
-    if expected - set(ranks):
+    missing = sorted(expected - set(ranks), key=int)
+    if missing:
+        more = f" and {len(missing) - _ROWS_NAMED} more" if len(missing) > _ROWS_NAMED else ""
         raise ScheduleError(
-            f'"ranks" has no row for {", ".join(sorted(expected - set(ranks)))}; write [] for an idle rank'
+            f'"ranks" has no row for {", ".join(missing[:_ROWS_NAMED])}{more}; write [] for an idle rank'
         )
     rows = {int(rank): _row(rank, row) for rank, row in ranks.items()}
     forward_only = yes_or_no(content, "forward_only")

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from ldt_schedules.planning.errors import ScheduleError
+
+_MAX_DEPTH = 16
+"""Our formats have 4. Python reads lists in lists to a depth at which it can no longer show them in a message."""
 
 
 def parse_object(text: str) -> dict[str, Any]:
     """The one JSON object in `text`.
 
     Raises:
-        ScheduleError: cut off, not JSON, no object, or a key that stands twice.
+        ScheduleError: cut off, not JSON, no object, nested too deep, or a key that stands twice.
     """
     try:
         content = json.loads(text, object_pairs_hook=_without_repeats)
@@ -26,8 +30,15 @@ def parse_object(text: str) -> dict[str, Any]:
         raise
     except ValueError as error:  # a number of thousands of digits
         raise ScheduleError(f"this cannot be read: {error}") from None
+    except RecursionError:
+        raise _too_deep() from None
     if not isinstance(content, dict):
         raise ScheduleError(f"expected one JSON object, got {type(content).__name__}")
+    level: list[Any] = [content]
+    for _ in range(_MAX_DEPTH):
+        level = [inner for value in level for inner in _inside(value)]
+    if level:
+        raise _too_deep()
     return content
 
 
@@ -88,10 +99,18 @@ def time_of(value: object, what: str) -> float:
     return time
 
 
+def _inside(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else []
+
+
+def _too_deep() -> ScheduleError:
+    return ScheduleError(f"lists and objects are nested deeper than {_MAX_DEPTH} levels; no format of ours is")
+
+
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """JSON lets a key stand twice and keeps the last: a rank's row would be lost without a word."""
     content = dict(pairs)
     if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ScheduleError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+        count = Counter(key for key, _ in pairs)
+        raise ScheduleError(f"the key {count.most_common(1)[0][0]!r} stands twice in one object")
     return content

@@ -14,7 +14,6 @@ read, so that a mistake in line 40000 is told before the first step.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from ldt_schedules.training.corpus import check_readable, is_jsonl
 ROLES = ("system", "user", "assistant")
 _CHANGE_THE_TEXT = ("tools", "documents", "chat_template_kwargs")
 """Keys of a line with which a chat template writes another text; passing over them would train on another prompt."""
+_MAX_FPS = 1_000_000
 DEFAULT_FPS = 2.0
 """Frames a second of a video that does not say; the rate at which Qwen2.5-VL samples videos."""
 
@@ -188,8 +188,10 @@ class _Reader:
         frames, fps = entry["video"], entry.get("fps", DEFAULT_FPS)
         if not isinstance(frames, list) or not frames:
             raise self._wrong(f"{where}.video is {_kind(frames)}", "a list with the file of each frame is needed")
-        if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < math.inf:
-            raise self._wrong(f"{where}.fps is {fps!r}", "a number of frames a second, above 0, is needed")
+        if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps <= _MAX_FPS:
+            raise self._wrong(
+                f"{where}.fps is {fps!r}", f"a number of frames a second, above 0 and up to {_MAX_FPS}, is needed"
+            )
         paths = (self._picture(f"{where}.video[{index}]", frame) for index, frame in enumerate(frames))
         return Video(tuple(paths), float(fps))
 
@@ -197,7 +199,11 @@ class _Reader:
         if not isinstance(name, str) or not name or "\0" in name:
             raise self._wrong(f"{where} is {name!r}", f"a picture's path, relative to {self.file.parent}, is needed")
         path = self.file.parent / name
-        if not path.is_file():
+        try:
+            there = path.is_file()
+        except OSError:  # a name longer than a file system knows
+            there = False
+        if not there:
             raise self._wrong(f"{where} is {name!r}, and {path} is no file", "give the path of a picture that exists")
         return path
 

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from ldt_schedules.megatron import world
 from ldt_schedules.megatron.chunks import global_parameters
+from ldt_schedules.megatron.stopping_together import stopping_together
 from ldt_schedules.megatron.initialization import blocks_of
 from ldt_schedules.topology import Site
 from ldt_schedules.training.config import TrainConfig
@@ -26,6 +27,7 @@ from ldt_schedules.training.verification.planted import PLANTED
 from ldt_schedules.training.verification.records import ProcessRecord
 
 
+@stopping_together()
 def record(
     config: TrainConfig, site: Site, directory: Path, steps: int, vocab_slices: int, plant: str | None = None
 ) -> None:

@@ -1,0 +1,113 @@
+"""`ldt audit`: what crossed between the sites of a run, and whether it is what the plan says, to the byte."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ldt_schedules.errors import FAILURE
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ldt_schedules.runtime.audit import Row, StartAudit
+
+_RunDir = Annotated[
+    Path,
+    typer.Argument(metavar="RUN_DIR", help="train.output_dir (--ldt-run-dir) with the ledgers of all processes."),
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object with the figures.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb to the command line."""
+    app.command("audit")(audit)
+
+
+def audit(run_dir: _RunDir, json_output: _Json = False) -> None:
+    """What left either site in a run: kinds, directions, messages, bytes, and the proof that there was no more.
+
+    Every process counts at its gate what it lets out. The tensors' counts are compared with the receivers' and with what
+    the schedule table and the step headers say by arithmetic. Ends with exit code 1 where they differ.
+
+    A run over two machines leaves each site's ledgers on its own: copy the cloud's into the edge's RUN_DIR/ledger.
+    """
+    from ldt_schedules.runtime.audit import audit as audited
+
+    starts = audited(run_dir)
+    if json_output:
+        json.dump({"proven": all(one.proven for one in starts), "starts": list(map(_content, starts))}, sys.stdout)
+        sys.stdout.write("\n")
+    else:
+        _show(starts)
+    if not all(one.proven for one in starts):
+        raise typer.Exit(FAILURE)
+
+
+def _content(start: StartAudit) -> dict[str, Any]:
+    from ldt_schedules.runtime.audit import DOWN, UP
+
+    return {**asdict(start), "proven": start.proven, "bytes_up": start.total(UP), "bytes_down": start.total(DOWN)}
+
+
+def _show(starts: list[StartAudit]) -> None:
+    from rich.console import Console
+
+    console = Console()
+    for number, start in enumerate(starts):
+        console.print(f"\nstart {number + 1} of {len(starts)}: {start.steps} steps (run {start.run})", highlight=False)
+        console.print(_table(start))
+        console.print(_verdict(start), highlight=False, soft_wrap=True)
+
+
+def _table(start: StartAudit) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    from ldt_schedules.comm.declared import MESSAGES
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("what", "way"):
+        table.add_column(name)
+    for name in ("messages", "bytes", "received", "planned"):
+        table.add_column(name, justify="right")
+    table.add_column("says")
+    for row in start.rows:
+        declared = MESSAGES.get(row.kind)
+        others = [
+            "" if count is None else f"{count.num_bytes:,}" if count == row.sent else f"[red]{count.num_bytes:,}[/]"
+            for count in (row.received, row.planned)
+        ]
+        says = declared.says if declared else _SAYS.get(row.kind, "")
+        table.add_row(row.kind, row.direction, f"{row.sent.messages:,}", f"{row.sent.num_bytes:,}", *others, says)
+    return table
+
+
+_SAYS = {
+    "activation": "outputs of layers, [s, b, h]",
+    "gradient": "gradients of them",
+    "scalars": "gradient norm, whether all is finite, who is ready",
+}
+
+
+def _verdict(start: StartAudit) -> str:
+    if start.missing:
+        return f"not proven: no ledger of this start from {', '.join(start.missing)}"
+    wrong = [row for row in start.rows if not row.agrees]
+    if wrong:
+        return "\n".join(["not proven:", *map(_difference, wrong)])
+    return "Senders, receivers and plan agree to the byte. Nothing else passed the gates."
+
+
+def _difference(row: Row) -> str:
+    assert row.received is not None and row.planned is not None
+    return (
+        f"  {row.kind} {row.direction}: sent {row.sent.messages:,} messages of {row.sent.num_bytes:,} bytes, received "
+        f"{row.received.messages:,} of {row.received.num_bytes:,}, planned {row.planned.messages:,} of "
+        f"{row.planned.num_bytes:,}; a process that was killed keeps its ledger up to 10 s before"
+    )

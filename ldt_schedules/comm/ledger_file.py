@@ -1,0 +1,64 @@
+"""Keeps a process's ledger in a file, one entry for each start of the run, also of the starts before this one."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ldt_schedules.comm.gate import FORMAT, Ledger
+from ldt_schedules.errors import ConfigError
+
+
+@dataclass
+class LedgerFile:
+    """Of one process.
+
+    Attributes:
+        process: its name, `cloud rank 1`.
+        run: the same in all processes of a start, and in no other start.
+    """
+
+    directory: Path
+    process: str
+    site: str
+    run: str
+    ledger: Ledger
+    _before: list[dict[str, Any]] = field(default_factory=list, init=False)
+    _begun_unix_s: float = field(default_factory=time.time, init=False)
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError where the directory cannot be written, or has a file that is no ledger."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                self._before = read_ledger(self.path)["starts"]
+            self.write()
+        except OSError as error:
+            raise ConfigError(f"the ledger {self.path} cannot be written: {error.strerror}") from None
+
+    @property
+    def path(self) -> Path:
+        return self.directory / f"{self.process.replace(' rank ', '-rank')}.json"
+
+    def write(self) -> None:
+        """All that has crossed until now; whole or not at all."""
+        now = {"run": self.run, "begun_unix_s": self._begun_unix_s, "written_unix_s": time.time(), **self.ledger.content()}
+        content = {"format": FORMAT, "process": self.process, "site": self.site, "starts": [*self._before, now]}
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        os.replace(part, self.path)
+
+
+def read_ledger(path: Path) -> dict[str, Any]:
+    """Raises ConfigError: it is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is no ledger: {error}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("starts"), list):
+        raise ConfigError(f"{path} is no ledger (format {FORMAT})")
+    return content

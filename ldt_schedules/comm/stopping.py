@@ -1,0 +1,118 @@
+"""What a process of a run does when it learns of the cause: say it, write down where it stands, and be gone.
+
+Its main thread may be inside a collective that nobody will ever complete, where no exception reaches it; and what the
+interpreter tidies up at its end may wait for the others, too. So a clock that needs no Python ends the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ldt_schedules.comm.cause import Cause
+from ldt_schedules.comm.flight_recorder import FlightRecorder, record, write
+from ldt_schedules.comm.ledger_file import LedgerFile
+from ldt_schedules.errors import FAILURE, USER_MISTAKE, ConfigError
+
+_CONSEQUENCE_S = 0.5
+"""For a main thread that fails at the same time, to say so."""
+_LEDGER_EVERY_S = 10.0
+_OWN_FAILURE_S = 5.0
+_NOTHING = open(os.devnull, "w")  # noqa: SIM115 - faulthandler writes to it when the process ends
+
+
+@dataclass
+class Stopping:
+    """Of one process.
+
+    Attributes:
+        name: `cloud rank 1`.
+        place: of the flight recorder's file: site, site_rank, pipeline_rank, processes.
+        directory: for that file; None: none is written.
+        quiet_s: after so long in one place a line says which.
+        ledger: kept while the run goes on, and at a failure.
+    """
+
+    name: str
+    place: dict[str, Any]
+    flight: FlightRecorder
+    directory: Path | None
+    quiet_s: float
+    ledger: LedgerFile | None = None
+    _told: tuple[float, float] = field(default=(0.0, 0.0), init=False)
+    _heard: dict[str, float] = field(default_factory=dict, init=False)
+    _kept: float = field(default=0.0, init=False)
+
+    def on_cause(self, cause: Cause) -> None:
+        """Say it and write down what there is; this process leaves soon, unless the failure is its own main thread's."""
+        leave_within(_OWN_FAILURE_S)
+        problem = self._written(cause)
+        say(f"ldt: {self.name} stops, because {cause.text}{problem}")
+        if cause.process == self.name and cause.error is not None:
+            return  # the main thread says what happened, and goes
+        leave_within(2 * _CONSEQUENCE_S)
+        code = USER_MISTAKE if cause.error == ConfigError.__name__ else FAILURE
+        timer = threading.Timer(_CONSEQUENCE_S, os._exit, (code,))
+        timer.daemon = True
+        timer.start()
+
+    def on_turn(self, heard: dict[str, float]) -> None:
+        """In the watch's thread: has it been quiet for long?"""
+        self._heard = heard
+        if self.ledger is not None and time.monotonic() - self._kept > _LEDGER_EVERY_S:
+            self._kept = time.monotonic()
+            with contextlib.suppress(OSError):
+                self.ledger.write()
+        now = self.flight.now
+        if now is None or not self.quiet_s:
+            return
+        waited = time.monotonic() - now.since
+        since, next_s = self._told
+        if since != now.since:
+            self._told = since, next_s = now.since, self.quiet_s
+        if waited < next_s:
+            return
+        self._told = now.since, 2 * next_s
+        at = f"waits {waited:.0f} s for" if now.waits_for is not None else f"has been for {waited:.0f} s in"
+        what = now.what if now.waits_for is None else now.waits_for
+        ages = ", ".join(f"{site} {age:.0f} s ago" for site, age in sorted(heard.items()))
+        step = f" (step {self.flight.step})" if self.flight.step >= 0 else ""
+        say(f"ldt: {self.name} {at} `{what}`{step}; last heard from {ages or 'nobody'}")
+
+    def _written(self, cause: Cause) -> str:
+        if self.directory is None:
+            return ""
+        content = record(self.flight, process=self.name, place=self.place, cause=cause, last_heard_s=self._heard)
+        try:
+            if self.ledger is not None:
+                self.ledger.write()
+            write(self.directory, self.name, content)
+        except OSError as error:
+            return f"\n  (what it did last could not be written to {self.directory}: {error.strerror})"
+        return f"\n  (what it did last: ldt doctor --post-mortem {self.directory})"
+
+
+def say(line: str) -> None:
+    """To standard error, past Python's buffers: the main thread may hold their locks."""
+    with contextlib.suppress(OSError):
+        os.write(2, line.encode(errors="replace") + b"\n")
+
+
+def leave_within(seconds: float) -> None:
+    """End this process with exit code 1 then, whatever its threads are at."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=_NOTHING)
+
+
+def leave_now(code: int) -> NoReturn:
+    """End this process, without what the interpreter does at its end: that may wait for processes that have gone."""
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)

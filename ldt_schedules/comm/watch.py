@@ -1,0 +1,195 @@
+"""Stops every process of a run together, and tells each of them why.
+
+Each process is connected with the watch server (`watch_server.py`), apart from all that carries tensors, and a thread of
+it listens there. So it learns of the cause while the process itself waits for somebody who will never answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ldt_schedules.comm.cause import Aborted, Cause
+from ldt_schedules.comm.json_lines import Garbage, JsonLines
+from ldt_schedules.comm.watch_server import BEAT_S, SEND_TIMEOUT_S, SLEPT_S, TURN_S, WatchServer, silence
+from ldt_schedules.errors import LdtError
+
+_ANSWER_WITHIN_S = 1.0
+_FAREWELL_S = 1.0
+_KEY = "watch"
+
+
+@dataclass(frozen=True)
+class Members:
+    """Who takes part, by rank.
+
+    Attributes:
+        names: for messages, `cloud rank 1`.
+        sites: `edge`, `cloud`; without sites all the same.
+        server: the rank that serves.
+    """
+
+    names: Sequence[str]
+    sites: Sequence[str]
+    server: int
+
+
+@dataclass
+class Watch:
+    """One process's end of it, from its making to `close`.
+
+    Attributes:
+        silence_s: who is not heard of for so long is taken for lost; 0: only who has gone.
+        timeout_s: for getting in, and for how long the server stays for the others at the end.
+        on_cause: called once, mostly in the watch's thread, before anybody else here learns of the cause.
+        on_turn: called in that thread a few times a second with how long ago each site was last heard of, seconds.
+    """
+
+    store: Any
+    host: str
+    rank: int
+    members: Members
+    silence_s: float
+    timeout_s: float
+    on_cause: Callable[[Cause], None] = field(default=lambda cause: None)
+    on_turn: Callable[[dict[str, float]], None] = field(default=lambda heard: None)
+
+    def __post_init__(self) -> None:
+        self._server: WatchServer | None = None
+        if self.rank == self.members.server:
+            self._server = WatchServer(self.members.names, self.members.sites, self.silence_s)
+            self.store.set(_KEY, f"{self._server.port} {self._server.token}")
+        self._cause: Cause | None = None
+        self._learned = False
+        self._known, self._stop, self._lock = threading.Event(), threading.Event(), threading.Lock()
+        self._heard: tuple[float, dict[str, float]] = (time.monotonic(), {})
+        self._lines = self._joined()
+        self._thread = threading.Thread(target=self._listen, name="ldt-watch", daemon=True)
+        self._thread.start()
+
+    @property
+    def run(self) -> str:
+        """The same for all processes of this start of the run, and for no other."""
+        return hashlib.sha256(self._token.encode()).hexdigest()[:12]
+
+    @property
+    def name(self) -> str:
+        return self.members.names[self.rank]
+
+    @property
+    def cause(self) -> Cause | None:
+        return self._cause
+
+    def declare(self, mine: Cause) -> Cause:
+        """Stop everybody; returns the cause, which is another's where another was first."""
+        if self._cause is None:
+            self._send({"cause": mine.to_message()})
+            if threading.current_thread() is not self._thread:
+                self._known.wait(_ANSWER_WITHIN_S)
+        if self._cause is None:  # nobody could be told
+            self._learn(mine)
+        return self._cause or mine
+
+    def check(self) -> None:
+        """Go on unless somebody has failed.
+
+        Raises:
+            Aborted: somebody has.
+        """
+        if self._cause is not None:
+            raise Aborted(self._cause)
+
+    def wait_for_cause(self, seconds: float) -> Cause | None:
+        """The cause, if somebody declares one within so many seconds: a lost connection is seldom the beginning."""
+        self._known.wait(seconds)
+        return self._cause
+
+    def last_heard_s(self) -> dict[str, float]:
+        """How long ago the server heard of each site's most silent process; of the server itself, since its last word."""
+        at, ages = self._heard
+        since = time.monotonic() - at
+        return {site: age + since for site, age in ages.items()}
+
+    def close(self) -> None:
+        """Leave. The process that serves stays until the others have left; after a failure, a moment."""
+        self._stop.set()
+        self._send({"bye": True})
+        self._lines.wake()
+        self._thread.join(timeout=2)
+        self._lines.close()
+        if self._server is not None:
+            self._server.close(self.timeout_s if self._cause is None else _FAREWELL_S)
+            self._server = None
+
+    def _joined(self) -> JsonLines:
+        port, token = self.store.get(_KEY).decode().split()
+        try:
+            connection = socket.create_connection((self.host, int(port)), timeout=self.timeout_s)
+        except OSError as error:
+            raise LdtError(
+                f"{self.name} cannot reach port {port} of {self.host}, where {self.members.names[self.members.server]} listens "
+                f"for failures: {error}; the sites' processes must be able to connect to each other on any port"
+            ) from error
+        self._token = token
+        lines = JsonLines(connection, SEND_TIMEOUT_S)
+        lines.send({"rank": self.rank, "token": token})
+        return lines
+
+    def _send(self, message: dict[str, Any]) -> bool:
+        with self._lock:
+            return self._lines.send(message)
+
+    def _listen(self) -> None:
+        last, next_beat = time.monotonic(), 0.0
+        while self._cause is None and not self._stop.is_set():
+            readable, _, _ = select.select([self._lines], [], [], TURN_S)
+            if readable and not self._receive():
+                return
+            now = time.monotonic()
+            if now - last > SLEPT_S:
+                self._heard = (now, self._heard[1])
+            last = now
+            if now >= next_beat:
+                next_beat = now + BEAT_S
+                self._send({"beat": True})
+                self._judge(now)
+                self.on_turn(self.last_heard_s())
+
+    def _receive(self) -> bool:
+        """Take what has come; is there still somebody to listen to?"""
+        try:
+            messages = self._lines.receive()
+        except Garbage:
+            messages = None
+        if messages is None:
+            if not self._stop.is_set():
+                server = self.members.names[self.members.server]
+                text = f"{server} has gone without a word: killed (out of memory?) or stopped"
+                self._learn(Cause(text, self.members.server, process=server))
+            return False
+        for message in messages:
+            if "cause" in message:
+                self._learn(Cause.from_message(message["cause"]))
+                return False
+            self._heard = (time.monotonic(), message.get("heard", {}))
+        return True
+
+    def _judge(self, now: float) -> None:
+        if self.silence_s and now - self._heard[0] > self.silence_s:
+            server = self.members.names[self.members.server]
+            self.declare(Cause(silence(server, self.silence_s), self.members.server, process=server))
+
+    def _learn(self, cause: Cause) -> None:
+        with self._lock:
+            if self._learned:
+                return
+            self._learned = True
+        self.on_cause(cause)
+        self._cause = cause
+        self._known.set()

@@ -1,0 +1,117 @@
+"""Puts the ledgers of all processes of a run together: what crossed, and whether it is what the plan says, to the byte.
+
+For each start of the run three accounts of the tensors must agree: what the senders counted at their gates, what the
+receivers counted, and what schedule table and step headers say by arithmetic alone (`crossing_plan.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ldt_schedules.comm.declared import MESSAGES, SCALARS
+from ldt_schedules.comm.gate import TENSORS, Count
+from ldt_schedules.comm.ledger_file import read_ledger
+from ldt_schedules.errors import ConfigError
+from ldt_schedules.topology import Site
+
+UP, DOWN = "up", "down"
+"""From the edge to the cloud, and back."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of what crossed in one direction; `planned` and `received` are of tensors alone."""
+
+    kind: str
+    direction: str
+    sent: Count
+    received: Count | None = None
+    planned: Count | None = None
+
+    @property
+    def agrees(self) -> bool:
+        return all(other is None or other == self.sent for other in (self.received, self.planned))
+
+
+@dataclass(frozen=True)
+class StartAudit:
+    """Of one start of the run.
+
+    Attributes:
+        rows: tensors first.
+        missing: processes whose ledger has no entry of this start.
+        steps: forward-backward calls.
+    """
+
+    run: str
+    begun_unix_s: float
+    steps: int
+    rows: tuple[Row, ...]
+    missing: tuple[str, ...] = field(default=())
+
+    @property
+    def proven(self) -> bool:
+        return not self.missing and all(row.agrees for row in self.rows)
+
+    def total(self, direction: str) -> int:
+        """Bytes of everything that went there."""
+        return sum(row.sent.num_bytes for row in self.rows if row.direction == direction)
+
+
+def audit(directory: Path) -> list[StartAudit]:
+    """Every start of the run that left its ledgers in `directory` (or in `directory/ledger`), the first one first.
+
+    Raises:
+        ConfigError: there are none, or one cannot be read.
+    """
+    folder = directory / "ledger" if (directory / "ledger").is_dir() else directory
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise ConfigError(f"{directory} has no ledgers; give the directory of a run (train.output_dir, --ldt-run-dir)")
+    ledgers = [read_ledger(path) for path in paths]
+    by_run: dict[str, dict[str, dict[str, Any]]] = {}
+    for ledger in ledgers:
+        for start in ledger["starts"]:
+            by_run.setdefault(start["run"], {})[ledger["process"]] = {**start, "site": ledger["site"]}
+    processes = [ledger["process"] for ledger in ledgers]
+    found = [_audited(run, starts, processes) for run, starts in by_run.items()]
+    return sorted(found, key=lambda one: one.begun_unix_s)
+
+
+def _audited(run: str, starts: dict[str, dict[str, Any]], processes: list[str]) -> StartAudit:
+    return StartAudit(
+        run,
+        min(start["begun_unix_s"] for start in starts.values()),
+        max(start["steps"] for start in starts.values()),
+        tuple(_rows(list(starts.values()))),
+        tuple(name for name in processes if name not in starts),
+    )
+
+
+def _rows(starts: list[dict[str, Any]]) -> Iterator[Row]:
+    for direction, sender, receiver in ((UP, Site.EDGE, Site.CLOUD), (DOWN, Site.CLOUD, Site.EDGE)):
+        for kind in TENSORS:
+            yield Row(
+                kind,
+                direction,
+                _sum(starts, sender, "sent", kind),
+                _sum(starts, receiver, "received", kind),
+                _sum(starts, sender, "planned_sent", kind),
+            )
+    for direction, sender in ((UP, Site.EDGE), (DOWN, Site.CLOUD)):
+        for kind in (SCALARS, *MESSAGES):
+            sent = _sum(starts, sender, "sent", kind)
+            if sent.messages:
+                yield Row(kind, direction, sent)
+
+
+def _sum(starts: list[dict[str, Any]], site: Site, account: str, kind: str) -> Count:
+    total = Count()
+    for start in starts:
+        if start["site"] == str(site):
+            count = start[account].get(kind, {})
+            total.add(int(count.get("num_bytes", 0)), int(count.get("messages", 0)))
+    return total
