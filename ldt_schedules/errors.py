@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 USER_MISTAKE = 2
 FAILURE = 1
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from tests.helpers import fault_table
 from tests.helpers.workers import Workers
 
 
@@ -20,3 +23,7 @@ def update_golden(request: pytest.FixtureRequest) -> bool:
 def workers() -> Workers:
     """Runs module-level functions as ranks, in processes that have torch and Megatron loaded."""
     return Workers()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    fault_table.show(terminalreporter)

@@ -33,7 +33,7 @@ def audit(run_dir: _RunDir, json_output: _Json = False) -> None:
     """What left either site in a run: kinds, directions, messages, bytes, and the proof that there was no more.
 
     Every process counts at its gate what it lets out. The tensors' counts are compared with the receivers' and with what
-    the schedule table and the step headers say by arithmetic. Ends with exit code 1 where they differ.
+    the schedule table and the step headers say by arithmetic. Ends with exit code 1 where there was more than that.
 
     A run over two machines leaves each site's ledgers on its own: copy the cloud's into the edge's RUN_DIR/ledger.
     """
@@ -52,7 +52,13 @@ def audit(run_dir: _RunDir, json_output: _Json = False) -> None:
 def _content(start: StartAudit) -> dict[str, Any]:
     from ldt_schedules.runtime.audit import DOWN, UP
 
-    return {**asdict(start), "proven": start.proven, "bytes_up": start.total(UP), "bytes_down": start.total(DOWN)}
+    return {
+        **asdict(start),
+        "proven": start.proven,
+        "verdict": start.verdict,
+        "bytes_up": start.total(UP),
+        "bytes_down": start.total(DOWN),
+    }
 
 
 def _show(starts: list[StartAudit]) -> None:
@@ -62,6 +68,8 @@ def _show(starts: list[StartAudit]) -> None:
     for number, start in enumerate(starts):
         console.print(f"\nstart {number + 1} of {len(starts)}: {start.steps} steps (run {start.run})", highlight=False)
         console.print(_table(start))
+        for kind in dict.fromkeys(row.kind for row in start.rows):
+            console.print(f"  {kind}: {_says(kind)}", highlight=False, markup=False, soft_wrap=True)
         console.print(_verdict(start), highlight=False, soft_wrap=True)
 
 
@@ -69,39 +77,48 @@ def _table(start: StartAudit) -> Table:
     from rich import box
     from rich.table import Table
 
-    from ldt_schedules.comm.declared import MESSAGES
-
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("what", "way"):
-        table.add_column(name)
+        table.add_column(name, no_wrap=True)
     for name in ("messages", "bytes", "received", "planned"):
-        table.add_column(name, justify="right")
-    table.add_column("says")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in start.rows:
-        declared = MESSAGES.get(row.kind)
         others = [
             "" if count is None else f"{count.num_bytes:,}" if count == row.sent else f"[red]{count.num_bytes:,}[/]"
             for count in (row.received, row.planned)
         ]
-        says = declared.says if declared else _SAYS.get(row.kind, "")
-        table.add_row(row.kind, row.direction, f"{row.sent.messages:,}", f"{row.sent.num_bytes:,}", *others, says)
+        table.add_row(row.kind, row.direction, f"{row.sent.messages:,}", f"{row.sent.num_bytes:,}", *others)
     return table
 
 
-_SAYS = {
+_OF_TENSORS = {
     "activation": "outputs of layers, [s, b, h]",
-    "gradient": "gradients of them",
+    "gradient": "their gradients",
     "scalars": "gradient norm, whether all is finite, who is ready",
 }
 
 
+def _says(kind: str) -> str:
+    """What the other site learns."""
+    from ldt_schedules.comm.declared import MESSAGES
+
+    return MESSAGES[kind].says if kind in MESSAGES else _OF_TENSORS.get(kind, "")
+
+
 def _verdict(start: StartAudit) -> str:
+    from ldt_schedules.runtime.audit import Verdict
+
     if start.missing:
-        return f"not proven: no ledger of this start from {', '.join(start.missing)}"
-    wrong = [row for row in start.rows if not row.agrees]
-    if wrong:
-        return "\n".join(["not proven:", *map(_difference, wrong)])
-    return "Senders, receivers and plan agree to the byte. Nothing else passed the gates."
+        return f"Not proven: no ledger of this start from {', '.join(start.missing)}."
+    if start.verdict is Verdict.EQUAL:
+        return "Senders, receivers and plan agree to the byte. Nothing else passed the gates."
+    lines = "\n".join(_difference(row) for row in start.rows if not row.agrees)
+    if start.verdict is Verdict.WITHIN:
+        return (
+            "No more passed the gates than the plan says, and in the last step less: the run stopped in the middle of it.\n"
+            f"{lines}\n  (a process that was killed wrote its ledger up to 10 s before)"
+        )
+    return f"More passed the gates than the plan says:\n{lines}"
 
 
 def _difference(row: Row) -> str:
@@ -109,5 +126,5 @@ def _difference(row: Row) -> str:
     return (
         f"  {row.kind} {row.direction}: sent {row.sent.messages:,} messages of {row.sent.num_bytes:,} bytes, received "
         f"{row.received.messages:,} of {row.received.num_bytes:,}, planned {row.planned.messages:,} of "
-        f"{row.planned.num_bytes:,}; a process that was killed keeps its ledger up to 10 s before"
+        f"{row.planned.num_bytes:,}"
     )

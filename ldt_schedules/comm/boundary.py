@@ -106,10 +106,12 @@ class _Receive:
     pieces: Sequence[_Handle]
     buffer: torch.Tensor
     assemble: Callable[[torch.Tensor], torch.Tensor]
+    arrived: Callable[[], None] = lambda: None
 
     def wait(self) -> torch.Tensor:
         for piece in self.pieces:
             piece.wait()
+        self.arrived()
         return self.assemble(self.buffer.to(device.current_device()))
 
 
@@ -168,14 +170,16 @@ class BoundaryTransport:
         own = length if lead else length // self.group.size
         offset = 0 if lead else self._offset(length)
         buffer = self.processes.buffer(TensorSpec((own, *spec.shape[1:]), spec.dtype), lane)
-        receives = []
+        receives: list[_Handle] = []
+        sizes: list[int] = []
         for piece in self.topology.pieces(self.place, peer, lead):
             start, stop = piece.bounds(length)
             part = buffer[start - offset : stop - offset]
             if part.numel():
-                self.gate.count_received(part.nbytes, what)
+                sizes.append(part.nbytes)
             receives.append(self._recv(part, piece.global_rank, peer, lane, tag))
-        return _Receive(receives, buffer, self._assemble_lead if lead else self._assemble_slices)
+        assemble = self._assemble_lead if lead else self._assemble_slices
+        return _Receive(receives, buffer, assemble, lambda: self.gate.count_received(sizes, what))
 
     def _assemble_lead(self, whole: torch.Tensor) -> torch.Tensor:
         whole = self.group.broadcast(whole)

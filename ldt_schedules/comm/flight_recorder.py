@@ -76,7 +76,9 @@ class FlightRecorder:
     def waiting(self, what: object) -> Iterator[None]:
         """Inside, this process waits for `what`."""
         before = self.now
-        self.now = Now(what if before is None else before.what, None if before is None else before.index, time.monotonic(), what)
+        self.now = Now(
+            what if before is None else before.what, None if before is None else before.index, time.monotonic(), what
+        )
         yield
         # After an error it stays as it is: that is what the process waited for when it failed.
         self.now = before

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -110,8 +110,9 @@ class Gate:
     def count_sent(self, num_bytes: int, what: What) -> None:
         self.ledger.sent[kind_of(what)].add(num_bytes)
 
-    def count_received(self, num_bytes: int, what: What) -> None:
-        self.ledger.received[kind_of(what)].add(num_bytes)
+    def count_received(self, sizes: Sequence[int], what: What) -> None:
+        """Of the pieces of a tensor that has arrived, in bytes."""
+        self.ledger.received[kind_of(what)].add(sum(sizes), len(sizes))
 
     def add_scalars(self, vector: torch.Tensor, what: str) -> None:
         """Let the few numbers of a sum over both sites pass, to and fro.

@@ -46,7 +46,12 @@ class LedgerFile:
 
     def write(self) -> None:
         """All that has crossed until now; whole or not at all."""
-        now = {"run": self.run, "begun_unix_s": self._begun_unix_s, "written_unix_s": time.time(), **self.ledger.content()}
+        now = {
+            "run": self.run,
+            "begun_unix_s": self._begun_unix_s,
+            "written_unix_s": time.time(),
+            **self.ledger.content(),
+        }
         content = {"format": FORMAT, "process": self.process, "site": self.site, "starts": [*self._before, now]}
         part = self.path.with_suffix(".part")
         part.write_text(json.dumps(content, indent=1), encoding="utf-8")

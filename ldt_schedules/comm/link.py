@@ -21,8 +21,8 @@ import torch.distributed as dist
 
 from ldt_schedules import device
 from ldt_schedules.comm.cause import Cause
-from ldt_schedules.comm.gate import Gate
 from ldt_schedules.comm.flight_recorder import FlightRecorder
+from ldt_schedules.comm.gate import Gate
 from ldt_schedules.comm.watch import Members, Watch
 from ldt_schedules.errors import ConfigError, LinkError
 from ldt_schedules.planning.channels import Lane

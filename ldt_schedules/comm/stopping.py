@@ -24,6 +24,7 @@ from ldt_schedules.errors import FAILURE, USER_MISTAKE, ConfigError
 _CONSEQUENCE_S = 0.5
 """For a main thread that fails at the same time, to say so."""
 _LEDGER_EVERY_S = 10.0
+_MISTAKE_S = 5.0
 _OWN_FAILURE_S = 5.0
 _NOTHING = open(os.devnull, "w")  # noqa: SIM115 - faulthandler writes to it when the process ends
 
@@ -52,14 +53,16 @@ class Stopping:
 
     def on_cause(self, cause: Cause) -> None:
         """Say it and write down what there is; this process leaves soon, unless the failure is its own main thread's."""
-        leave_within(_OWN_FAILURE_S)
-        problem = self._written(cause)
-        say(f"ldt: {self.name} stops, because {cause.text}{problem}")
-        if cause.process == self.name and cause.error is not None:
+        mistake = cause.error == ConfigError.__name__
+        own = cause.process == self.name and cause.error is not None
+        leave_within(2 * _MISTAKE_S if mistake else _OWN_FAILURE_S if own else 3 * _CONSEQUENCE_S)
+        said = f"ldt: {self.name} stops, because {cause.text}{self._written(cause)}"
+        if not mistake:
+            say(said)
+        if own:
             return  # the main thread says what happened, and goes
-        leave_within(2 * _CONSEQUENCE_S)
-        code = USER_MISTAKE if cause.error == ConfigError.__name__ else FAILURE
-        timer = threading.Timer(_CONSEQUENCE_S, os._exit, (code,))
+        # A user's mistake is mostly found by both sites at once; then each says it in its own words, and goes.
+        timer = threading.Timer(_MISTAKE_S if mistake else _CONSEQUENCE_S, _leave, (said if mistake else None, mistake))
         timer.daemon = True
         timer.start()
 
@@ -82,7 +85,8 @@ class Stopping:
         self._told = now.since, 2 * next_s
         at = f"waits {waited:.0f} s for" if now.waits_for is not None else f"has been for {waited:.0f} s in"
         what = now.what if now.waits_for is None else now.waits_for
-        ages = ", ".join(f"{site} {age:.0f} s ago" for site, age in sorted(heard.items()))
+        others = {site: age for site, age in sorted(heard.items()) if site != self.place["site"]}
+        ages = ", ".join(f"{site} {age:.0f} s ago" for site, age in others.items())
         step = f" (step {self.flight.step})" if self.flight.step >= 0 else ""
         say(f"ldt: {self.name} {at} `{what}`{step}; last heard from {ages or 'nobody'}")
 
@@ -103,6 +107,12 @@ def say(line: str) -> None:
     """To standard error, past Python's buffers: the main thread may hold their locks."""
     with contextlib.suppress(OSError):
         os.write(2, line.encode(errors="replace") + b"\n")
+
+
+def _leave(said: str | None, mistake: bool) -> None:
+    if said is not None:
+        say(said)
+    os._exit(USER_MISTAKE if mistake else FAILURE)
 
 
 def leave_within(seconds: float) -> None:

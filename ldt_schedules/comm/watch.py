@@ -7,7 +7,7 @@ it listens there. So it learns of the cause while the process itself waits for s
 from __future__ import annotations
 
 import hashlib
-import select
+import selectors
 import socket
 import threading
 import time
@@ -147,10 +147,11 @@ class Watch:
 
     def _listen(self) -> None:
         last, next_beat = time.monotonic(), 0.0
+        readable = selectors.DefaultSelector()  # not select(), which knows the first 1024 files only
+        readable.register(self._lines, selectors.EVENT_READ)
         while self._cause is None and not self._stop.is_set():
-            readable, _, _ = select.select([self._lines], [], [], TURN_S)
-            if readable and not self._receive():
-                return
+            if readable.select(TURN_S) and not self._receive():
+                break
             now = time.monotonic()
             if now - last > SLEPT_S:
                 self._heard = (now, self._heard[1])
@@ -160,6 +161,7 @@ class Watch:
                 self._send({"beat": True})
                 self._judge(now)
                 self.on_turn(self.last_heard_s())
+        readable.close()
 
     def _receive(self) -> bool:
         """Take what has come; is there still somebody to listen to?"""

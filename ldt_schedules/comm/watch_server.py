@@ -31,7 +31,7 @@ BEAT_S = 0.5
 SLEPT_S = 2.0
 """A turn that took so long: this process itself was frozen, or had no core, and knows nothing of the others' silence."""
 SEND_TIMEOUT_S = 1.0
-_HELLO_WITHIN_S = 5.0
+_HELLO_WITHIN_S = 2.0
 _MOST_STRANGERS = 64
 
 

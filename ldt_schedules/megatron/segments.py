@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ldt_schedules.runtime.microbatch_format import Told
+from ldt_schedules.runtime.told import segments_of
 
 Run = Sequence[int]
 """A number, and how often it stands there in a row."""
@@ -74,7 +75,8 @@ class SegmentedMicrobatches:
 
     def in_the_cloud(self, told: Told) -> dict[str, torch.Tensor]:
         # On the CPU: `segment_attention` asks for the lengths of the runs in every layer.
-        return {"segments": numbered(told["segments"])}
+        return {"segments": numbered(segments_of(told))}
 
     def shape(self, told: Told, stage: int) -> tuple[int, ...]:
-        return sum(told["segments"][0]), len(told["segments"]), self.width
+        segments = segments_of(told)
+        return sum(segments[0]), len(segments), self.width

@@ -42,7 +42,9 @@ def ready(run: Session, non_finite: bool) -> bool:
     ).tolist()
     count = run.link.total_processes
     if total != run.steps * count or squares != run.steps**2 * count:
-        raise LdtError(f"the processes are about to apply different steps: this one {run.steps}, the mean is {total / count}")
+        raise LdtError(
+            f"the processes are about to apply different steps: this one {run.steps}, the mean is {total / count}"
+        )
     run.phase = Phase.READY
     return flag > 0
 

@@ -85,7 +85,7 @@ def join_link(
     timeout_s: float,
     backend: str = "auto",
     lead: bool = False,
-    vigilance: Vigilance = Vigilance(),  # noqa: B008 - frozen
+    vigilance: Vigilance = Vigilance(),
 ) -> Session:
     """Connect to the other site and make the session of this process. The cloud's first process listens.
 

@@ -122,6 +122,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="S",
         help=f"Longest wait for the other site, in seconds. Default: {DEFAULT_TIMEOUT_S:g}.",
     )
+    _add_vigilance(group)
+    return made
+
+
+def _add_vigilance(group: argparse._ArgumentGroup) -> None:
+    """How the processes look after each other, and what they keep of a run."""
     group.add_argument(
         "--ldt-silence-s",
         type=float,
@@ -144,7 +150,6 @@ def parser() -> argparse.ArgumentParser:
         help="Where each process keeps its ledger of what crossed (`ldt audit DIR`) and, if the run fails, what it did last "
         f"(`ldt doctor --post-mortem`). Default: {DEFAULT_RUN_DIR}.",
     )
-    return made
 
 
 def _with_megatron_flags() -> argparse.ArgumentParser:

@@ -26,6 +26,8 @@ from ldt_schedules.errors import LdtError
 from ldt_schedules.megatron.segments import from_runs, runs
 from ldt_schedules.megatron.vision_language.microbatches import packed_positions, positions_of
 from ldt_schedules.runtime.microbatch_format import Told
+from ldt_schedules.runtime.told import grids_of as told_grids_of
+from ldt_schedules.runtime.told import patches_of, runs_of, text_shape_of
 
 Batch = dict[str, Any]
 Positions = Callable[[Mapping[str, Any], torch.Tensor], torch.Tensor]
@@ -76,22 +78,22 @@ class MmMicrobatches:
         }
 
     def in_the_cloud(self, told: Told) -> Batch:
-        batch, sequence = told["text"]
-        grids = torch.tensor(told["grids"], dtype=torch.int64).reshape(-1, 3)
+        batch, sequence = text_shape_of(told)
+        grids = torch.tensor(told_grids_of(told), dtype=torch.int64).reshape(-1, 3)
         found = {
             "input_ids": torch.zeros((batch, sequence), dtype=torch.int64),
-            "pixel_values": torch.empty((_patches(told["grids"]), 0), dtype=self.dtype),
+            "pixel_values": torch.empty((patches_of(told), 0), dtype=self.dtype),
             "image_grid_thw": grids,
-            "position_ids": positions_of(told["positions"], batch, sequence),
+            "position_ids": positions_of(told.get("positions"), batch, sequence),
         }
-        if told["attention"] is not None:
-            found["attention_mask"] = from_runs(told["attention"])
+        if told.get("attention") is not None:
+            found["attention_mask"] = from_runs(runs_of(told, "attention", (batch, sequence)))
         return {name: tensor.to(self.device) for name, tensor in found.items()}
 
     def shape(self, told: Told, stage: int) -> tuple[int, ...]:
         if stage < self.joining_stage:
-            return _patches(told["grids"]), 1, self.vision_width
-        batch, sequence = told["text"]
+            return patches_of(told), 1, self.vision_width
+        batch, sequence = text_shape_of(told)
         return sequence, batch, self.language_width
 
 

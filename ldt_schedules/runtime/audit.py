@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,24 @@ class Row:
     def agrees(self) -> bool:
         return all(other is None or other == self.sent for other in (self.received, self.planned))
 
+    @property
+    def exceeds(self) -> bool:
+        """Did more leave, or arrive, than was planned?"""
+        if self.planned is None:
+            return False
+        return any(
+            count.messages > self.planned.messages or count.num_bytes > self.planned.num_bytes
+            for count in (self.sent, self.received or self.sent)
+        )
+
+
+class Verdict(str, Enum):
+    """EQUAL: all accounts agree. WITHIN: nobody counted more than was planned. MORE: somebody did."""
+
+    EQUAL = "equal"
+    WITHIN = "within"
+    MORE = "more"
+
 
 @dataclass(frozen=True)
 class StartAudit:
@@ -53,8 +72,15 @@ class StartAudit:
     missing: tuple[str, ...] = field(default=())
 
     @property
+    def verdict(self) -> Verdict:
+        if any(row.exceeds for row in self.rows):
+            return Verdict.MORE
+        return Verdict.EQUAL if all(row.agrees for row in self.rows) else Verdict.WITHIN
+
+    @property
     def proven(self) -> bool:
-        return not self.missing and all(row.agrees for row in self.rows)
+        """No more crossed than was planned, by the account of every process."""
+        return not self.missing and self.verdict is not Verdict.MORE
 
     def total(self, direction: str) -> int:
         """Bytes of everything that went there."""

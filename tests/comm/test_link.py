@@ -145,3 +145,54 @@ def test_a_receive_ends_at_its_deadline_and_names_the_peer(workers):
     port = free_ports(1)[0]
     message, _ = workers.run(no_message, [(rank, port) for rank in range(2)])
     assert "receiving from pipeline rank 1 on PING failed or took longer than 3 s" in message
+
+
+def claim(rank: int, port: int, listen: bool) -> str:
+    """Join as one of three."""
+    from ldt_schedules.comm.link import connect
+    from ldt_schedules.errors import ConfigError
+
+    try:
+        connect(host="127.0.0.1", port=port, listen=listen, global_rank=rank, total_processes=3, timeout_s=30)
+    except ConfigError as error:
+        return str(error)
+    return "joined"
+
+
+def test_two_processes_that_claim_the_same_rank(workers):
+    (port,) = free_ports(1)
+    for told in workers.run(claim, [(0, port, True), (1, port, False), (1, port, False)]):
+        assert "two processes claim to be process 1 of the run: rank 1 on" in told
+        assert told.count("(pid ") == 2 and "start each process once" in told
+
+
+STRANGE = (b"GET / HTTP/1.1\r\n\r\n", b"\x00" * 4096, b"\xff" * 4096, bytes(range(256)) * 300, b"")
+
+
+def with_strangers(rank: int, port: int) -> tuple[float, dict[str, int]]:
+    """Two processes joined by a link; meanwhile somebody speaks to the store's port."""
+    import socket
+
+    import torch
+
+    from ldt_schedules.comm.link import connect
+
+    link = connect(host="127.0.0.1", port=port, listen=rank == 0, global_rank=rank, total_processes=2, timeout_s=20)
+    strangers = []
+    for garbage in STRANGE if rank == 1 else ():
+        strangers.append(socket.create_connection(("127.0.0.1", port), timeout=3))
+        strangers[-1].sendall(garbage)
+    link.wait_for_all()
+    if rank == 0:
+        link.publish("word", {"given": 7})
+    answer = link.sum_over_sites(torch.ones(1, dtype=torch.float64)).item(), link.fetch("word", "a word")
+    link.wait_for_all()
+    for stranger in strangers:
+        stranger.close()
+    link.close()
+    return answer
+
+
+def test_strangers_at_the_stores_port(workers):
+    (port,) = free_ports(1)
+    assert workers.run(with_strangers, [(rank, port) for rank in range(2)]) == [(2.0, {"given": 7})] * 2

@@ -110,12 +110,18 @@ def exchange(rank: int, port: int) -> list[object]:
             torch.ones(300_000),
         ]
         if rank == 0:
-            handles = [transport.post_send(one, None, what=What.ACTIVATION, peer=1, lane=there, tag=tag) for tag, one in enumerate(sent)]
+            handles = [
+                transport.post_send(one, None, what=What.ACTIVATION, peer=1, lane=there, tag=tag)
+                for tag, one in enumerate(sent)
+            ]
             for handle in handles:
                 handle.wait()
             transport.wait_for_all()
             return [transport.traffic.sent_bytes]
-        posted = [transport.post_recv(lambda: None, what=What.ACTIVATION, peer=0, lane=there, tag=tag) for tag in range(len(sent))]
+        posted = [
+            transport.post_recv(lambda: None, what=What.ACTIVATION, peer=0, lane=there, tag=tag)
+            for tag in range(len(sent))
+        ]
         for handle, content in reversed(list(zip(posted, sent, strict=True))):
             assert_equal(handle.wait(), content)
         transport.wait_for_all()

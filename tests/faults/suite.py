@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,10 +23,13 @@ STEP = 1
 _SMALL = (
     "train.iterations=3",
     "train.save_interval=1",
-    "train.global_batch_size=10",
+    "train.global_batch_size=8",
     "train.log_interval=1000",
     "link.silence_s=2.5",
 )
+Place = tuple["int | None", "str | None"]
+"""Index of an action of the row, or what is begun or waited for outside of it."""
+
 PROCESSES = ("edge rank 0", "cloud rank 0", "cloud rank 1")
 PHASES = (
     "reducing gradients",
@@ -39,7 +42,7 @@ _HEADER = f"the edge's header of step {STEP}"
 
 
 def small(output: Path, *overrides: str) -> TrainConfig:
-    """Edge and two cloud ranks, five microbatches, Adam, a checkpoint after every step."""
+    """Edge and two cloud ranks, four microbatches, Adam, a checkpoint after every step."""
     return tiny(output, *_SMALL, *overrides)
 
 
@@ -48,12 +51,11 @@ class Found:
     """Of many faults.
 
     Attributes:
-        slowest_s: how long after a fault the last of the other processes was gone.
+        stopped_s: of each, how long after it the last of the other processes was gone.
         problems: one line each; there should be none.
     """
 
     faults: int = 0
-    slowest_s: float = 0.0
     stopped_s: list[float] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -66,8 +68,8 @@ class Found:
         }
 
 
-def places(process: str) -> Iterator[tuple[int | None, str | None]]:
-    """Every action of a process's row, and every other thing it does in a step: `(index, phase)`."""
+def places(process: str) -> Iterator[Place]:
+    """Every action of a process's row, and every other thing that it does in a step."""
     config = small(Path("."))
     table = table_source(config)(config.num_microbatches, False)
     for index in range(len(table.ranks[PROCESSES.index(process)])):
@@ -88,15 +90,27 @@ def break_everywhere(
     workers: Workers, folder: Path, process: str, how: str, expected: dict[str, np.ndarray], within_s: float
 ) -> Found:
     """One run for each place, each with one fault; then all of them resumed."""
+    return break_at(workers, folder, process, how, list(places(process)), expected, within_s)
+
+
+def break_at(
+    workers: Workers,
+    folder: Path,
+    process: str,
+    how: str,
+    chosen: Sequence[Place],
+    expected: dict[str, np.ndarray],
+    within_s: float,
+) -> Found:
+    """The same at chosen places."""
     found, configs = Found(), []
-    for number, (index, phase) in enumerate(places(process)):
+    for number, (index, phase) in enumerate(chosen):
         own = folder / str(number)
         own.mkdir(parents=True)
         fault = Fault(how, process, STEP, index, phase, own / "at")
         ended = run_until_ended(small(own), own, fault)
         name = f"{how} {process} at {phase or f'action {index}'}"
-        problems = list(_problems(own, fault, ended, within_s))
-        found.problems += [f"{name}: {problem}" for problem in problems]
+        found.problems += [f"{name}: {problem}" for problem in _problems(own, fault, ended, within_s)]
         found.stopped_s.append(max(one.after_s for one in ended if one.name != process))
         found.faults += 1
         configs.append(small(own, "train.resume=auto"))

@@ -36,7 +36,11 @@ class Ended:
 
 
 def run_until_ended(
-    config: TrainConfig, folder: Path, fault: Fault | None = None, within_s: float = 60.0, wake_after_s: float | None = None
+    config: TrainConfig,
+    folder: Path,
+    fault: Fault | None = None,
+    within_s: float = 60.0,
+    wake_after_s: float | None = None,
 ) -> list[Ended]:
     """Every process of a run, until all have ended or `within_s` have gone by.
 
@@ -90,7 +94,9 @@ def _when(processes: dict[str, Any], fault: Fault | None, deadline: float) -> di
     return ended
 
 
-def _be_process(config: TrainConfig, site: str, rank: int, ports: dict[str, int], fault: Fault | None, log: str) -> None:
+def _be_process(
+    config: TrainConfig, site: str, rank: int, ports: dict[str, int], fault: Fault | None, log: str
+) -> None:
     """What `ldt train --site` does, without a screen; weights at the end go to a file."""
     from ldt_schedules.cli.errors import messages_for_people
     from ldt_schedules.comm.stopping import leave_now
@@ -177,5 +183,3 @@ def resume_all(configs: list[TrainConfig], site: str, rank: int, ports: dict[str
         found.append(weights_of(process))
     world.close_site()
     return found
-
-

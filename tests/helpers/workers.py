@@ -60,7 +60,8 @@ class Workers:
         """Call `function(*arguments[rank])` on rank 0, 1, …, all at once; return what each gave.
 
         Args:
-            bare: in processes without our patches, Megatron as it is installed.
+            bare: in processes without our patches: Megatron as it is installed, transformers as it is meant (under the CPU
+                adaptor its from_pretrained leaves tables of rotary angles empty).
 
         Raises:
             WorkerFailure: with the traceback of every rank that failed.

@@ -58,6 +58,7 @@ def test_a_directory_comes_back(tmp_path: Path, workers: Workers, size: int, dty
     shapes = workers.run(
         _through_megatron,
         [(rank, size, ports, tmp_path / "hf", tmp_path / "saved", dtype) for rank in range(size)],
+        bare=True,
     )
     cut = shapes[0]["language.decoder.layers.0.mlp.linear_fc1.weight"]
     assert cut == [96 // size, 32]
@@ -88,7 +89,7 @@ def _apart(rank: int, ports: dict[str, int], path: Path) -> dict[str, tuple[floa
 
 def test_the_loaded_model_computes_what_transformers_does(tmp_path: Path, workers: Workers) -> None:
     """A table with two rows exchanged would save what it read, and compute something else."""
-    (found,) = workers.run(_apart, [(0, site_ports(), tmp_path / "hf")])
+    (found,) = workers.run(_apart, [(0, site_ports(), tmp_path / "hf")], bare=True)
     for name, (size, apart) in found.items():
         assert size > 1 and apart <= 1e-4, (name, found)
 

@@ -125,7 +125,7 @@ def learning(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected(sources: dict[str, Path], learning: Path) -> dict[str, text.Computed]:
     """Precision -> what transformers computes."""
     folders = [str(path) for path in sources.values()]
-    found = Workers().run(text.compute, [(folders, str(learning), precision) for precision in ALLOWED])
+    found = Workers().run(text.compute, [(folders, str(learning), precision) for precision in ALLOWED], bare=True)
     return dict(zip(ALLOWED, found, strict=True))
 
 

@@ -90,7 +90,9 @@ def test_param_sync_and_virtual_ranks(workers):
 )
 def test_what_does_not_fit_the_layout_is_refused(workers, what, message):
     case, ports = Case(2, 1), site_ports()
-    assert [m for m in workers.run(misfit, [(case, rank, ports, what) for rank in range(2)], bare=True) if message not in m] == []
+    assert [
+        m for m in workers.run(misfit, [(case, rank, ports, what) for rank in range(2)], bare=True) if message not in m
+    ] == []
 
 
 def test_a_forgotten_finalisation_of_the_second_lap_would_be_seen(workers):

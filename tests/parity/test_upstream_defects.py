@@ -96,11 +96,12 @@ def maxima_are_summed(trained: Any, run: Any) -> Iterator[None]:
 @contextmanager
 def each_site_skips_for_itself(trained: Any, run: Any) -> Iterator[None]:
     """A site that skips asks for no norm, so the other must not wait for it either."""
-    from ldt_schedules.megatron import cross_site
+    from ldt_schedules.megatron import cross_site, two_phases
 
     with (
-        mock.patch.object(cross_site, "anywhere", lambda run, flag: flag),
-        mock.patch.object(cross_site, "both_sites", lambda run, value: (value, 0.0)),
+        mock.patch.object(cross_site, "ready", lambda run, flag: flag),
+        mock.patch.object(two_phases, "commit", lambda run: None),
+        mock.patch.object(cross_site, "both_sites", lambda run, value, what: (value, 0.0)),
     ):
         yield
 

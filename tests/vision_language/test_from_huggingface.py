@@ -125,7 +125,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected(source: Path) -> dict[str, list[np.ndarray]]:
     """Precision -> the logits of transformers."""
     dtypes = {"fp64": torch.float64, "fp32": torch.float32}
-    found = Workers().run(transformers_logits, [(str(source), list(tiny.BATCHES), dtype) for dtype in dtypes.values()])
+    jobs = [(str(source), list(tiny.BATCHES), dtype) for dtype in dtypes.values()]
+    found = Workers().run(transformers_logits, jobs, bare=True)
     return dict(zip(dtypes, found, strict=True))
 
 

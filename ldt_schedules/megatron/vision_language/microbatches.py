@@ -20,6 +20,7 @@ import torch
 
 from ldt_schedules.megatron.segments import numbered, segment_lengths
 from ldt_schedules.runtime.microbatch_format import Told
+from ldt_schedules.runtime.told import grids_of, packed_numbers_of, patches_of, segments_of
 
 Batch = dict[str, torch.Tensor]
 
@@ -30,9 +31,9 @@ def packed_positions(position_ids: torch.Tensor) -> str:
     return base64.b64encode(zlib.compress(numbers.astype("<i4").tobytes())).decode("ascii")
 
 
-def positions_of(packed: str, batch: int, sequence: int) -> torch.Tensor:
+def positions_of(packed: object, batch: int, sequence: int) -> torch.Tensor:
     """`[3, b, s]` int64, what `packed_positions` was given."""
-    raw = bytearray(zlib.decompress(base64.b64decode(packed)))
+    raw = packed_numbers_of({"positions": packed}, "positions", 3 * batch * sequence * 4)
     return torch.frombuffer(raw, dtype=torch.int32).to(torch.int64).reshape(3, batch, sequence)
 
 
@@ -59,15 +60,16 @@ class VisionLanguageMicrobatches:
         }
 
     def in_the_cloud(self, told: Told) -> Batch:
-        segments = numbered(told["segments"])
+        segments = numbered(segments_of(told))
         batch = {
-            "grids": torch.tensor(told["grids"], dtype=torch.int64).reshape(-1, 3),
+            "grids": torch.tensor(grids_of(told), dtype=torch.int64).reshape(-1, 3),
             "segments": segments,
-            "position_ids": positions_of(told["positions"], *segments.shape),
+            "position_ids": positions_of(told.get("positions"), *segments.shape),
         }
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def shape(self, told: Told, stage: int) -> tuple[int, ...]:
         if stage < self.joining_stage:
-            return sum(t * h * w for t, h, w in told["grids"]), 1, self.vision_width
-        return sum(told["segments"][0]), len(told["segments"]), self.language_width
+            return patches_of(told), 1, self.vision_width
+        segments = segments_of(told)
+        return sum(segments[0]), len(segments), self.language_width

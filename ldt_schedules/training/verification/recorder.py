@@ -15,8 +15,8 @@ from rich.console import Console
 
 from ldt_schedules.megatron import world
 from ldt_schedules.megatron.chunks import global_parameters
-from ldt_schedules.megatron.stopping_together import stopping_together
 from ldt_schedules.megatron.initialization import blocks_of
+from ldt_schedules.megatron.stopping_together import stopping_together
 from ldt_schedules.topology import Site
 from ldt_schedules.training.config import TrainConfig
 from ldt_schedules.training.forward_step import LossReport
