@@ -138,7 +138,7 @@ def open_process(config: TrainConfig, site: Site, vocab_slices: int | None = Non
     torch.set_num_threads(config.train.threads)
     device.select_device(int(os.environ.get("LOCAL_RANK", "0")))
     tables = table_source(config) if config.num_pipeline_ranks > 1 else None
-    data = open_data(config) if place.site is Site.EDGE else None
+    data = open_data(config, place.site) if place.site is Site.EDGE else None
     check_save(config, place.site)
     if config.train.save_interval:
         check_savable(config.train.distributed_optimizer, config.train.optimizer)

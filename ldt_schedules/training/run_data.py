@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from ldt_schedules.errors import LdtError
+from ldt_schedules.topology import Site
 from ldt_schedules.training.chat.batching import ChatDataset, open_chat_dataset
 from ldt_schedules.training.chat.batching import batches as chat_batches
 from ldt_schedules.training.chat.writing import Chat, open_chat
@@ -64,12 +66,15 @@ class RunData(Protocol):
         """Tokens of a microbatch, padding left out."""
 
 
-def open_data(config: TrainConfig) -> RunData:
+def open_data(config: TrainConfig, site: Site = Site.EDGE) -> RunData:
     """The edge only.
 
     Raises:
         ConfigError: data or tokenizer cannot be used, or there is too little of it.
+        LdtError: a process of the cloud asked, whether or not it could read them.
     """
+    if site is not Site.EDGE:
+        raise LdtError(f"a process of the {site} opens no data: they stay at the edge")
     if not config.has_vision:
         if not holds_messages(config):
             return TextData(config, open_dataset(config))

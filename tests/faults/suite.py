@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +29,9 @@ _SMALL = (
 )
 Place = tuple["int | None", "str | None"]
 """Index of an action of the row, or what is begun or waited for outside of it."""
+
+Weights = dict[str, np.ndarray]
+Row = Callable[[str, object], None]
 
 PROCESSES = ("edge rank 0", "cloud rank 0", "cloud rank 1")
 PHASES = (
@@ -59,13 +62,17 @@ class Found:
     stopped_s: list[float] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
-    def row(self) -> dict[str, float]:
-        return {
+    def require(self, name: str, record_property: Row) -> None:
+        """Put a row into the table at the end of the tests; there may be no problem."""
+        row = {
+            "fault": name,
             "faults": self.faults,
             "median_s": float(np.median(self.stopped_s)) if self.stopped_s else 0.0,
             "slowest_s": max(self.stopped_s, default=0.0),
             "problems": len(self.problems),
         }
+        record_property("faults", row)
+        assert not self.problems, "\n".join(self.problems)
 
 
 def places(process: str) -> Iterator[Place]:
@@ -78,19 +85,12 @@ def places(process: str) -> Iterator[Place]:
         yield None, phase
 
 
-def reference(folder: Path) -> dict[str, np.ndarray]:
+def reference(folder: Path) -> Weights:
     """Weights of a run without a fault."""
     folder.mkdir()
     ended = run_until_ended(small(folder), folder)
     assert [one.code for one in ended] == [0, 0, 0], ended
     return saved_weights(folder)
-
-
-def break_everywhere(
-    workers: Workers, folder: Path, process: str, how: str, expected: dict[str, np.ndarray], within_s: float
-) -> Found:
-    """One run for each place, each with one fault; then all of them resumed."""
-    return break_at(workers, folder, process, how, list(places(process)), expected, within_s)
 
 
 def break_at(
@@ -99,10 +99,10 @@ def break_at(
     process: str,
     how: str,
     chosen: Sequence[Place],
-    expected: dict[str, np.ndarray],
+    expected: Weights,
     within_s: float,
 ) -> Found:
-    """The same at chosen places."""
+    """One run for each place, each with one fault; then all of them resumed."""
     found, configs = Found(), []
     for number, (index, phase) in enumerate(chosen):
         own = folder / str(number)
@@ -148,9 +148,7 @@ def _half_applied(folder: Path, fault: Fault, one: Ended) -> Iterator[str]:
         yield f"{one.name} had applied {applied} steps"
 
 
-def _resumed(
-    workers: Workers, configs: list[TrainConfig], expected: dict[str, np.ndarray]
-) -> Iterator[tuple[str, str]]:
+def _resumed(workers: Workers, configs: list[TrainConfig], expected: Weights) -> Iterator[tuple[str, str]]:
     """The runs taken up again: every weight must be, bit for bit, that of the run without a fault."""
     ports = site_ports()
     ranks = [(site, rank) for site in Site for rank in range(configs[0].site_processes(site))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from ldt_schedules.errors import LdtError
 from ldt_schedules.topology import Site
 from ldt_schedules.training.config import TrainConfig
+from ldt_schedules.training.run_data import open_data
 from tests.faults.canary import MARK, Listener, marked_tokens, text
 from tests.helpers.workers import Workers, site_ports
 from tests.training.checkpoint_runs import tiny
@@ -21,14 +24,19 @@ from tests.training.checkpoint_runs import tiny
 
 def be_process(
     config: TrainConfig, site: str, rank: int, ports: dict[str, int]
-) -> tuple[list[str], int, int, list[str]]:
-    """Train with a listener at the link. Gives what it found, buffers, bytes; and how planted leaks were met, at the edge."""
+) -> tuple[list[str], int, int, list[str], bool]:
+    """Train with a listener at the link.
+
+    Gives what it found, buffers, bytes; how planted leaks were met, at the edge; whether this process opened the data.
+    """
     from ldt_schedules.megatron import session, world
     from ldt_schedules.training import loop
 
     warnings.simplefilter("ignore")
     os.environ.update(RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ports[site]))
     listener, connect = Listener(marked_tokens(config_ids(config))), world.connect
+    opened: list[str] = []
+    sys.addaudithook(lambda event, given: opened.append(str(given[0])) if event == "open" else None)
 
     def tapped(**arguments: Any) -> Any:
         link = connect(**arguments)
@@ -41,9 +49,17 @@ def be_process(
     for _ in loop.Loop(process, None, None).steps():
         pass
     leaks = planted(session.current(), listener, config_ids(config)) if site == "edge" else []
-    found = listener.found, listener.buffers, listener.num_bytes, leaks
+    found = listener.found, listener.buffers, listener.num_bytes, leaks, str(config.data.path) in opened
     world.close_site()
     return found
+
+
+def test_the_cloud_opens_no_data(tmp_path: Path) -> None:
+    """Also where the path exists on its machine."""
+    config = tiny(tmp_path, f"data.path={corpus(tmp_path)}")
+    assert open_data(config).vocab_size == 257
+    with pytest.raises(LdtError, match="a process of the cloud opens no data"):
+        open_data(config, Site.CLOUD)
 
 
 def config_ids(config: TrainConfig) -> list[int]:
@@ -105,7 +121,8 @@ def test_no_mark_leaves_the_edge(workers: Workers, tmp_path: Path) -> None:
         be_process,
         [(config, str(site), rank, ports) for site in Site for rank in range(config.site_processes(site))],
     )
-    for found, buffers, num_bytes, _ in (edge, *clouds):
+    assert edge[4] and not any(cloud[4] for cloud in clouds), "the data are opened at the edge, and there alone"
+    for found, buffers, num_bytes, *_ in (edge, *clouds):
         assert found == []
         assert buffers > 50 and num_bytes > 50_000
     leaks = edge[3]

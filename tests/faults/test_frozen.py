@@ -8,34 +8,24 @@ import numpy as np
 import pytest
 
 from tests.faults.injection import STOP, Fault
-from tests.faults.suite import PROCESSES, STEP, break_at, reference, small
+from tests.faults.suite import PROCESSES, STEP, Row, Weights, break_at, small
 from tests.faults.worlds import run_until_ended, saved_weights
 from tests.helpers.workers import Workers
 
 PLACES = ((2, None), (11, None), (None, "gradient norms"))
 
 
-@pytest.fixture(scope="module")
-def unharmed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
-    return reference(tmp_path_factory.mktemp("frozen") / "reference")
-
-
 @pytest.mark.parametrize("process", PROCESSES)
 def test_frozen_for_longer_than_the_others_wait(
-    workers: Workers,
-    tmp_path: Path,
-    unharmed: dict[str, np.ndarray],
-    process: str,
-    record_property: pytest.RecordProperty,
+    workers: Workers, tmp_path: Path, unharmed: Weights, process: str, record_property: Row
 ) -> None:
     """The others name it; itself, once it is woken, it finds out and goes."""
     found = break_at(workers, tmp_path, process, STOP, PLACES, unharmed, within_s=5.0)
-    record_property("faults", {"fault": f"SIGSTOP {process}", **found.row()})
-    assert not found.problems, "\n".join(found.problems)
+    found.require(f"SIGSTOP: {process}", record_property)
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-def test_frozen_for_a_moment(tmp_path: Path, unharmed: dict[str, np.ndarray], process: str) -> None:
+def test_frozen_for_a_moment(tmp_path: Path, unharmed: Weights, process: str) -> None:
     """It goes on, and nothing has changed."""
     fault = Fault(STOP, process, STEP, 7, None, tmp_path / "at")
     ended = run_until_ended(small(tmp_path), tmp_path, fault, wake_after_s=1.2)
