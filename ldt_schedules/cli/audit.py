@@ -33,7 +33,8 @@ def audit(run_dir: _RunDir, json_output: _Json = False) -> None:
     """What left either site in a run: kinds, directions, messages, bytes, and the proof that there was no more.
 
     Every process counts at its gate what it lets out. The tensors' counts are compared with the receivers' and with what
-    the schedule table and the step headers say by arithmetic. Ends with exit code 1 where there was more than that.
+    the schedule table and the step headers say by arithmetic. Ends with exit code 1 where they differ, unless
+    the run stopped in the middle of a step and nobody counted more than was planned.
 
     A run over two machines leaves each site's ledgers on its own: copy the cloud's into the edge's RUN_DIR/ledger.
     """
@@ -118,7 +119,8 @@ def _verdict(start: StartAudit) -> str:
             "No more passed the gates than the plan says, and in the last step less: the run stopped in the middle of it.\n"
             f"{lines}\n  (a process that was killed wrote its ledger up to 10 s before)"
         )
-    return f"More passed the gates than the plan says:\n{lines}"
+    what = "More passed the gates than the plan says" if start.verdict is Verdict.MORE else "The accounts differ"
+    return f"{what}:\n{lines}"
 
 
 def _difference(row: Row) -> str:

@@ -33,7 +33,8 @@ def messages_for_people() -> Iterator[None]:
         while cause is not None:
             causes.append(f"\n  {word} {type(cause).__name__}: {cause}")
             cause = cause.__cause__
-        _leave(str(error) + "".join(causes), FAILURE)
+        mistaken = isinstance(error, Aborted) and error.cause.mistake
+        _leave(str(error) + "".join(causes), USER_MISTAKE if mistaken else FAILURE)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ class Cause:
         step: of the run; None outside of one.
         action: what it was at, as the table writes it.
         error: the exception's type.
+        mistake: a user's: exit code 2.
     """
 
     text: str
@@ -29,6 +30,7 @@ class Cause:
     step: int | None = None
     action: str | None = None
     error: str | None = None
+    mistake: bool = False
 
     def to_message(self) -> dict[str, Any]:
         return asdict(self)
@@ -36,7 +38,7 @@ class Cause:
     @classmethod
     def from_message(cls, message: Any) -> Cause:
         """Raises ValueError where it is not what `to_message` gave."""
-        types = {"rank": int, "index": int, "step": int}
+        types = {"rank": int, "index": int, "step": int, "mistake": bool}
         if not isinstance(message, dict) or not isinstance(message.get("text"), str):
             raise ValueError("a cause is an object with a text")
         known = {field.name for field in fields(cls)}

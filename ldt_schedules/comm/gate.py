@@ -79,7 +79,7 @@ class Ledger:
     def content(self) -> dict[str, Any]:
         """Of JSON types."""
         names = ("sent", "received", "planned_sent", "planned_received")
-        counted = {name: {kind: asdict(count) for kind, count in getattr(self, name).items()} for name in names}
+        counted = {name: {kind: asdict(count) for kind, count in list(getattr(self, name).items())} for name in names}
         return {"steps": self.steps, **counted}
 
 

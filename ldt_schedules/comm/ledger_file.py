@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,15 +22,19 @@ class LedgerFile:
     Attributes:
         process: its name, `cloud rank 1`.
         run: the same in all processes of a start, and in no other start.
+        members: names of all processes.
     """
 
     directory: Path
     process: str
     site: str
     run: str
+    members: tuple[str, ...]
     ledger: Ledger
     _before: list[dict[str, Any]] = field(default_factory=list, init=False)
     _begun_unix_s: float = field(default_factory=time.time, init=False)
+    _complete: bool = field(default=False, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def __post_init__(self) -> None:
         """Raises ConfigError where the directory cannot be written, or has a file that is no ledger."""
@@ -48,14 +54,25 @@ class LedgerFile:
         """All that has crossed until now; whole or not at all."""
         now = {
             "run": self.run,
+            "members": self.members,
+            "complete": self._complete,
             "begun_unix_s": self._begun_unix_s,
             "written_unix_s": time.time(),
             **self.ledger.content(),
         }
         content = {"format": FORMAT, "process": self.process, "site": self.site, "starts": [*self._before, now]}
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        os.replace(part, self.path)
+        with self._lock:  # the watch's thread writes, too
+            part = self.path.with_suffix(".part")
+            part.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            os.replace(part, self.path)
+
+    def close(self, complete: bool) -> None:
+        """The last entry: has the run come to its end? A disk that is full now does not spoil that."""
+        self._complete = complete
+        try:
+            self.write()
+        except OSError as error:
+            warnings.warn(f"the ledger {self.path} could not be written to its end: {error.strerror}", stacklevel=2)
 
 
 def read_ledger(path: Path) -> dict[str, Any]:

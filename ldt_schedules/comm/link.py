@@ -117,11 +117,11 @@ class Link:
         """Return when every process of both sites has called this."""
         self.sum_over_sites(torch.zeros(1))
 
-    def close(self) -> None:
+    def close(self, abandon: bool = False) -> None:
         """Give the groups and the store back now: left to the end of the process, their threads may outlive what they use."""
         self.channels.clear()
         self.scalars = None
-        self.watch.close()  # who serves the store stays until the others have left
+        self.watch.close(abandon)  # who serves the store stays until the others have left
         self.store = None
 
 

@@ -19,7 +19,8 @@ from typing import Any, NoReturn
 from ldt_schedules.comm.cause import Cause
 from ldt_schedules.comm.flight_recorder import FlightRecorder, record, write
 from ldt_schedules.comm.ledger_file import LedgerFile
-from ldt_schedules.errors import FAILURE, USER_MISTAKE, ConfigError
+from ldt_schedules.comm.saying import say
+from ldt_schedules.errors import FAILURE, USER_MISTAKE
 
 _CONSEQUENCE_S = 0.5
 """For a main thread that fails at the same time, to say so."""
@@ -53,16 +54,17 @@ class Stopping:
 
     def on_cause(self, cause: Cause) -> None:
         """Say it and write down what there is; this process leaves soon, unless the failure is its own main thread's."""
-        mistake = cause.error == ConfigError.__name__
         own = cause.process == self.name and cause.error is not None
-        leave_within(2 * _MISTAKE_S if mistake else _OWN_FAILURE_S if own else 3 * _CONSEQUENCE_S)
-        said = f"ldt: {self.name} stops, because {cause.text}{self._written(cause)}"
-        if not mistake:
+        leave_within(2 * _MISTAKE_S if cause.mistake else _OWN_FAILURE_S if own else 3 * _CONSEQUENCE_S)
+        said = f"ldt: {self.name} stops, because {cause.text}"
+        if not cause.mistake:
             say(said)
+        self._write(cause)
         if own:
             return  # the main thread says what happened, and goes
         # A user's mistake is mostly found by both sites at once; then each says it in its own words, and goes.
-        timer = threading.Timer(_MISTAKE_S if mistake else _CONSEQUENCE_S, _leave, (said if mistake else None, mistake))
+        arguments = (said, USER_MISTAKE) if cause.mistake else (None, FAILURE)
+        timer = threading.Timer(_MISTAKE_S if cause.mistake else _CONSEQUENCE_S, _leave, arguments)
         timer.daemon = True
         timer.start()
 
@@ -73,6 +75,9 @@ class Stopping:
             self._kept = time.monotonic()
             with contextlib.suppress(OSError):
                 self.ledger.write()
+        self._say_what_is_waited_for(heard)
+
+    def _say_what_is_waited_for(self, heard: dict[str, float]) -> None:
         now = self.flight.now
         if now is None or not self.quiet_s:
             return
@@ -90,29 +95,23 @@ class Stopping:
         step = f" (step {self.flight.step})" if self.flight.step >= 0 else ""
         say(f"ldt: {self.name} {at} `{what}`{step}; last heard from {ages or 'nobody'}")
 
-    def _written(self, cause: Cause) -> str:
+    def _write(self, cause: Cause) -> None:
         if self.directory is None:
-            return ""
-        content = record(self.flight, process=self.name, place=self.place, cause=cause, last_heard_s=self._heard)
+            return
         try:
             if self.ledger is not None:
                 self.ledger.write()
+            content = record(self.flight, process=self.name, place=self.place, cause=cause, last_heard_s=self._heard)
             write(self.directory, self.name, content)
-        except OSError as error:
-            return f"\n  (what it did last could not be written to {self.directory}: {error.strerror})"
-        return f"\n  (what it did last: ldt doctor --post-mortem {self.directory})"
+            say(f"  (what it did last: ldt doctor --post-mortem {self.directory})")
+        except Exception as error:  # whatever it is, this process must go on to its end
+            say(f"  (what it did last could not be written to {self.directory}: {error})")
 
 
-def say(line: str) -> None:
-    """To standard error, past Python's buffers: the main thread may hold their locks."""
-    with contextlib.suppress(OSError):
-        os.write(2, line.encode(errors="replace") + b"\n")
-
-
-def _leave(said: str | None, mistake: bool) -> None:
+def _leave(said: str | None, code: int) -> None:
     if said is not None:
         say(said)
-    os._exit(USER_MISTAKE if mistake else FAILURE)
+    os._exit(code)
 
 
 def leave_within(seconds: float) -> None:

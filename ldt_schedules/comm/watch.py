@@ -12,17 +12,19 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ldt_schedules.comm.cause import Aborted, Cause
 from ldt_schedules.comm.json_lines import Garbage, JsonLines
-from ldt_schedules.comm.watch_server import BEAT_S, SEND_TIMEOUT_S, SLEPT_S, TURN_S, WatchServer, silence
-from ldt_schedules.errors import LdtError
+from ldt_schedules.comm.watch_server import BEAT_S, SEND_TIMEOUT_S, SLEPT_S, STEADY, TURN_S, WatchServer, silence
+from ldt_schedules.errors import LinkError
 
 _ANSWER_WITHIN_S = 1.0
 _FAREWELL_S = 1.0
 _KEY = "watch"
+_MAX_TEXT = 4000
+_AGAIN_S, _WELCOME_WITHIN_S = 0.2, 10.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Watch:
     Attributes:
         silence_s: who is not heard of for so long is taken for lost; 0: only who has gone.
         timeout_s: for getting in, and for how long the server stays for the others at the end.
+        steady: has this process's first step begun? Until then `timeout_s` is the limit of silence, here and for others: who
+            builds a model or an index may hold Python's lock for long.
         on_cause: called once, mostly in the watch's thread, before anybody else here learns of the cause.
         on_turn: called in that thread a few times a second with how long ago each site was last heard of, seconds.
     """
@@ -57,16 +61,17 @@ class Watch:
     members: Members
     silence_s: float
     timeout_s: float
+    steady: bool = field(default=False, init=False)
     on_cause: Callable[[Cause], None] = field(default=lambda cause: None)
     on_turn: Callable[[dict[str, float]], None] = field(default=lambda heard: None)
 
     def __post_init__(self) -> None:
         self._server: WatchServer | None = None
         if self.rank == self.members.server:
-            self._server = WatchServer(self.members.names, self.members.sites, self.silence_s)
+            self._server = WatchServer(self.members.names, self.members.sites, self.silence_s, self.timeout_s)
             self.store.set(_KEY, f"{self._server.port} {self._server.token}")
         self._cause: Cause | None = None
-        self._learned = False
+        self._learned = self._all_steady = False
         self._known, self._stop, self._lock = threading.Event(), threading.Event(), threading.Lock()
         self._heard: tuple[float, dict[str, float]] = (time.monotonic(), {})
         self._lines = self._joined()
@@ -89,6 +94,7 @@ class Watch:
     def declare(self, mine: Cause) -> Cause:
         """Stop everybody; returns the cause, which is another's where another was first."""
         if self._cause is None:
+            mine = replace(mine, text=mine.text[:_MAX_TEXT])
             self._send({"cause": mine.to_message()})
             if threading.current_thread() is not self._thread:
                 self._known.wait(_ANSWER_WITHIN_S)
@@ -116,30 +122,52 @@ class Watch:
         since = time.monotonic() - at
         return {site: age + since for site, age in ages.items()}
 
-    def close(self) -> None:
-        """Leave. The process that serves stays until the others have left; after a failure, a moment."""
+    def close(self, abandon: bool = False) -> None:
+        """Leave. The process that serves stays until the others have left; after a failure, or to abandon them, a moment."""
         self._stop.set()
         self._send({"bye": True})
         self._lines.wake()
         self._thread.join(timeout=2)
         self._lines.close()
         if self._server is not None:
-            self._server.close(self.timeout_s if self._cause is None else _FAREWELL_S)
+            self._server.close(_FAREWELL_S if abandon or self._cause is not None else self.timeout_s)
             self._server = None
 
     def _joined(self) -> JsonLines:
-        port, token = self.store.get(_KEY).decode().split()
-        try:
-            connection = socket.create_connection((self.host, int(port)), timeout=self.timeout_s)
-        except OSError as error:
-            raise LdtError(
-                f"{self.name} cannot reach port {port} of {self.host}, where {self.members.names[self.members.server]} listens "
-                f"for failures: {error}; the sites' processes must be able to connect to each other on any port"
-            ) from error
-        self._token = token
-        lines = JsonLines(connection, SEND_TIMEOUT_S)
-        lines.send({"rank": self.rank, "token": token})
-        return lines
+        """Connected, and welcome there: a server that many come to at once may close a door, and opens it again."""
+        port, self._token = self.store.get(_KEY).decode().split()
+        deadline, problem = time.monotonic() + self.timeout_s, "it does not answer"
+        while time.monotonic() < deadline:
+            try:
+                connection = socket.create_connection((self.host, int(port)), timeout=deadline - time.monotonic())
+                lines = JsonLines(connection, SEND_TIMEOUT_S)
+                lines.send({"rank": self.rank, "token": self._token})
+                if self._is_welcome(lines):
+                    return lines
+                lines.close()
+            except OSError as error:
+                problem = str(error)
+            time.sleep(_AGAIN_S)
+        raise LinkError(
+            f"{self.name} cannot reach port {port} of {self.host}, where {self.members.names[self.members.server]} listens for "
+            f"failures: {problem}; the sites' processes must be able to connect to each other on any port"
+        )
+
+    def _is_welcome(self, lines: JsonLines) -> bool:
+        until = time.monotonic() + _WELCOME_WITHIN_S
+        while time.monotonic() < until:
+            try:
+                messages = lines.receive()
+            except Garbage:
+                return False
+            if messages is None:
+                return False
+            for message in messages:
+                if "cause" in message:
+                    self._learn(_cause_in(message))
+            if messages:
+                return True
+        return False
 
     def _send(self, message: dict[str, Any]) -> bool:
         with self._lock:
@@ -158,7 +186,7 @@ class Watch:
             last = now
             if now >= next_beat:
                 next_beat = now + BEAT_S
-                self._send({"beat": True})
+                self._send({"beat": STEADY if self.steady else True})
                 self._judge(now)
                 self.on_turn(self.last_heard_s())
         readable.close()
@@ -177,15 +205,17 @@ class Watch:
             return False
         for message in messages:
             if "cause" in message:
-                self._learn(Cause.from_message(message["cause"]))
+                self._learn(_cause_in(message))
                 return False
             self._heard = (time.monotonic(), message.get("heard", {}))
+            self._all_steady = message.get("steady", False)
         return True
 
     def _judge(self, now: float) -> None:
-        if self.silence_s and now - self._heard[0] > self.silence_s:
+        limit = self.silence_s if self._all_steady else max(self.silence_s, self.timeout_s)
+        if self.silence_s and now - self._heard[0] > limit:
             server = self.members.names[self.members.server]
-            self.declare(Cause(silence(server, self.silence_s), self.members.server, process=server))
+            self.declare(Cause(silence(server, limit), self.members.server, process=server))
 
     def _learn(self, cause: Cause) -> None:
         with self._lock:
@@ -195,3 +225,10 @@ class Watch:
         self.on_cause(cause)
         self._cause = cause
         self._known.set()
+
+
+def _cause_in(message: dict[str, Any]) -> Cause:
+    try:
+        return Cause.from_message(message["cause"])
+    except ValueError:  # a server of another version
+        return Cause("a process failed, and told of it in words that this version does not know")

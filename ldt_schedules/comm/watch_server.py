@@ -15,7 +15,6 @@ import hmac
 import secrets
 import selectors
 import socket
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from typing import Any
 
 from ldt_schedules.comm.cause import Cause
 from ldt_schedules.comm.json_lines import Garbage, JsonLines
+from ldt_schedules.comm.saying import say
 
 TURN_S = 0.2
 """How often, at least, either end looks around."""
@@ -31,8 +31,10 @@ BEAT_S = 0.5
 SLEPT_S = 2.0
 """A turn that took so long: this process itself was frozen, or had no core, and knows nothing of the others' silence."""
 SEND_TIMEOUT_S = 1.0
-_HELLO_WITHIN_S = 2.0
+_HELLO_WITHIN_S = 10.0
 _MOST_STRANGERS = 64
+STEADY = "steady"
+"""What a beat says once the process's first step has begun."""
 
 
 @dataclass
@@ -47,6 +49,7 @@ class _Member:
     rank: int
     lines: JsonLines
     heard: float
+    steady: bool = False
 
 
 @dataclass
@@ -57,12 +60,14 @@ class WatchServer:
         names: of all processes, by rank.
         sites: theirs.
         silence_s: one that is not heard of for so long is taken for lost; 0: never.
+        starting_s: the same until it is steady: who builds a model or an index may hold Python's lock for long.
         address: `port`, and `token`, without which nobody is let in.
     """
 
     names: Sequence[str]
     sites: Sequence[str]
     silence_s: float
+    starting_s: float
     port: int = field(init=False)
     token: str = field(init=False)
 
@@ -95,7 +100,12 @@ class WatchServer:
         next_beat = 0.0
         while not self._ending.is_set():
             for key, _ in self._selector.select(TURN_S):
-                self._look(key)
+                try:
+                    self._look(key)
+                except Exception as error:  # whatever somebody sends, the others are still heard
+                    say(f"ldt: the watch lost a connection: {type(error).__name__}: {error}")
+                    if key.data is not None:
+                        self._drop(key.fileobj)
             now = time.monotonic()
             if now - last > SLEPT_S:
                 for member in self._members.values():
@@ -120,10 +130,11 @@ class WatchServer:
     def _accept(self) -> None:
         try:
             connection, address = self._listener.accept()
-        except OSError:
+        except OSError:  # no file descriptor left, perhaps
+            time.sleep(TURN_S / 4)
             return
         stranger = _Stranger(JsonLines(connection, SEND_TIMEOUT_S), str(address[0]), time.monotonic())
-        if len(self._strangers()) >= _MOST_STRANGERS:
+        if len(self._strangers()) >= _MOST_STRANGERS + len(self.names):
             stranger.lines.close()
             return
         self._selector.register(connection, selectors.EVENT_READ, stranger)
@@ -146,13 +157,15 @@ class WatchServer:
         member = _Member(rank, stranger.lines, time.monotonic())
         self._selector.modify(stranger.lines.connection, selectors.EVENT_READ, member)
         self._members[rank] = member
+        member.lines.send({"welcome": True})
         if self._cause is not None:
             member.lines.send({"cause": self._cause.to_message()})
         self._take(member, (messages or [])[1:])
 
     def _rank_of(self, hello: dict[str, Any]) -> int | None:
         rank, token = hello.get("rank"), hello.get("token")
-        known = isinstance(token, str) and hmac.compare_digest(token.encode(), self.token.encode())
+        said = token.encode(errors="replace") if isinstance(token, str) else b""
+        known = hmac.compare_digest(said, self.token.encode())
         fits = type(rank) is int and 0 <= rank < len(self.names) and rank not in self._members
         return rank if known and fits else None
 
@@ -160,7 +173,7 @@ class WatchServer:
         self._drop(stranger.lines.connection)
         self._sent_away += 1
         if self._sent_away == 1:
-            sys.stderr.write(f"ldt: a stranger at {stranger.address} spoke to port {self.port} and was sent away\n")
+            say(f"ldt: a stranger at {stranger.address} spoke to port {self.port} and was sent away")
 
     def _hear(self, member: _Member) -> None:
         try:
@@ -180,6 +193,8 @@ class WatchServer:
                     self._declare(Cause.from_message(message["cause"]))
                 except ValueError:
                     self._declare(Cause(f"{self.names[member.rank]} failed", member.rank))
+            elif "beat" in message:
+                member.steady = member.steady or message["beat"] == STEADY
             elif "bye" in message:
                 self._left.add(member.rank)
                 self._lose(member)
@@ -202,9 +217,10 @@ class WatchServer:
         if not self.silence_s or self._cause is not None:
             return
         for member in self._members.values():
-            if now - member.heard > self.silence_s:
+            limit = self.silence_s if member.steady else max(self.silence_s, self.starting_s)
+            if now - member.heard > limit:
                 name = self.names[member.rank]
-                self._declare(Cause(silence(name, self.silence_s), member.rank, process=name))
+                self._declare(Cause(silence(name, limit), member.rank, process=name))
                 return
 
     def _beat(self, now: float) -> None:
@@ -213,8 +229,9 @@ class WatchServer:
         for member in self._members.values():
             site = self.sites[member.rank]
             ages[site] = max(ages.get(site, 0.0), round(now - member.heard, 3))
+        steady = all(member.steady for member in self._members.values())
         for member in list(self._members.values()):
-            member.lines.send({"heard": ages})
+            member.lines.send({"heard": ages, "steady": steady})
 
     def _declare(self, cause: Cause) -> None:
         """The first cause is everybody's."""

@@ -3,9 +3,10 @@
     computing ── gradients final, finite? ──► READY ── all are ready ──► COMMITTED ── weights change ──► applied
                                    a sum over both sites          another one
 
-A process that fails before the second sum is complete keeps it from being complete anywhere, so no weight has changed. The
-gradient norm's sum is the second one where there is a norm; otherwise one of its own is made. What is applied in memory
-lasts as long as its process; what outlasts it are checkpoints, of which a run takes up the newest that both sites hold.
+No process changes a weight before every process of both sites has its final gradients and has said so; one that fails before
+that keeps all others from it. The gradient norm's sum is the second one where there is a norm; otherwise one of its own is
+made. A process may still be lost between the sum and its own change. What the others have changed by then lasts as long as
+they, which is half a second; what outlasts them are checkpoints, of which a run takes up the newest that both sites hold.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Phase(Enum):
     COMPUTING = "computing"
     READY = "ready"
     COMMITTED = "committed"
+    APPLIED = "applied"
 
 
 def ready(run: Session, non_finite: bool) -> bool:
@@ -51,9 +53,9 @@ def ready(run: Session, non_finite: bool) -> bool:
 
 def commit(run: Session) -> None:
     """Return when every process is known to be ready. A collective of both sites, unless the gradient norm was one."""
-    if run.phase is not Phase.COMMITTED:
+    if run.phase not in (Phase.COMMITTED, Phase.APPLIED):
+        run.link.watch.check()
         run.link.sum_over_sites(torch.ones(1, dtype=torch.float64), "who applies the step")
-    run.link.watch.check()
 
 
 def norm_was_summed(run: Session) -> None:
@@ -75,8 +77,9 @@ def applied_by_all_or_none(original: Callable[..., bool]) -> Callable[..., bool]
         commit(run)
         with run.link.flight.doing("applying the step"):
             successful = original(self, *args, **kwargs)
-        run.link.flight.updates += 1
-        run.phase = Phase.COMPUTING
+        if run.phase is not Phase.APPLIED:  # of several optimizers the first one counts
+            run.link.flight.updates += 1
+        run.phase = Phase.APPLIED
         return successful
 
     return step_with_ready_grads

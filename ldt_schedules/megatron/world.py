@@ -119,10 +119,12 @@ def join_link(
         group=parallel_state.get_tensor_model_parallel_group(),
     )
     transport = BoundaryTransport(ProcessTransport(link), topology, place, group, lead, gate=gate)
-    if directory is not None:
-        stopping.ledger = LedgerFile(directory / LEDGER_DIR, name, str(place.site), link.watch.run, gate.ledger)
-    run = Session(topology, place, link, transport, table_for, ledger=stopping.ledger)
+    run = Session(topology, place, link, transport, table_for)
     session.install(run)
+    if directory is not None:  # only now: what is wrong with the directory must be told to the others
+        members = tuple(link.watch.members.names)
+        run.ledger = LedgerFile(directory / LEDGER_DIR, name, str(place.site), link.watch.run, members, gate.ledger)
+        stopping.ledger = run.ledger
     return run
 
 
@@ -160,9 +162,9 @@ def leave_link(abandon: bool = False) -> None:
         if not abandon:
             run.link.wait_for_all()
         if run.ledger is not None:
-            run.ledger.write()
+            run.ledger.close(complete=not abandon)
         session.uninstall()
-        run.link.close()
+        run.link.close(abandon)
 
 
 def close_site(abandon: bool = False) -> None:

@@ -127,13 +127,20 @@ def leave_after(original: Function) -> Function:
     def pretrain(*args: Any, **kwargs: Any) -> Any:
         try:
             with stopping_together():
-                answer = original(*args, **kwargs)
+                answer = _without_giving_up(original, *args, **kwargs)
         except SystemExit as stop:  # --exit-interval and the signal handler end so, with a code
             leave_link(abandon=stop.code != 0)
-            if stop.code is None:
-                raise LdtError("Megatron has stopped; why, it has printed above") from None
             raise
         leave_link()
         return answer
 
     return pretrain
+
+
+def _without_giving_up(original: Function, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return original(*args, **kwargs)
+    except SystemExit as stop:
+        if stop.code is None:
+            raise LdtError("Megatron has stopped; why, it has printed above") from None
+        raise

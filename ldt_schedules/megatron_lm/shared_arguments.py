@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 from ldt_schedules.megatron_lm.flags import Flags
@@ -28,13 +29,18 @@ _PREFIXES = (
     "ldt_", "local_", "align_", "enable_gloo", "use_dist_ckpt", "auto_detect_ckpt", "app_tag", "inprocess_",
 )  # fmt: skip
 
+_MAX_TEXT = 200
+
 _EDGE_ONLY = {flag.removeprefix("--").replace("-", "_") for flag in EDGE_ONLY_FLAGS}
 
 
 def shared_arguments(args: Any, flags: Flags) -> dict[str, Any]:
-    """Name -> value as text, of what both sites must have alike: Megatron's arguments after its validation, and ours."""
+    """Name -> value as text, of what both sites must have alike: Megatron's arguments after its validation, and ours.
+
+    What may be a path, or is long, is sent as its hash.
+    """
     shared = {
-        name: repr(value)
+        name: _without_paths(repr(value))
         for name, value in vars(args).items()
         if name not in _OF_A_SITE and name not in _EDGE_ONLY and not name.startswith(_PREFIXES)
     }
@@ -46,3 +52,9 @@ def shared_arguments(args: Any, flags: Flags) -> dict[str, Any]:
         "tensor sizes (edge, cloud)": [flags.edge_tensor_size, flags.cloud_tensor_size],
     }
     return {**shared, **ours}
+
+
+def _without_paths(text: str) -> str:
+    if len(text) <= _MAX_TEXT and not any(separator in text for separator in "/\\"):
+        return text
+    return f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"

@@ -48,11 +48,16 @@ class Row:
 
 
 class Verdict(str, Enum):
-    """EQUAL: all accounts agree. WITHIN: nobody counted more than was planned. MORE: somebody did."""
+    """EQUAL: all accounts agree. WITHIN: nobody counted more than was planned, and the run did not come to its end.
+
+    DIFFERENT: it did, and they do not agree. MORE: somebody counted more. UNKNOWN: ledgers are missing.
+    """
 
     EQUAL = "equal"
     WITHIN = "within"
+    DIFFERENT = "different"
     MORE = "more"
+    UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class StartAudit:
     Attributes:
         rows: tensors first.
         missing: processes whose ledger has no entry of this start.
+        complete: every process came to the end of the run.
         steps: forward-backward calls.
     """
 
@@ -70,17 +76,22 @@ class StartAudit:
     steps: int
     rows: tuple[Row, ...]
     missing: tuple[str, ...] = field(default=())
+    complete: bool = True
 
     @property
     def verdict(self) -> Verdict:
+        if self.missing:
+            return Verdict.UNKNOWN
         if any(row.exceeds for row in self.rows):
             return Verdict.MORE
-        return Verdict.EQUAL if all(row.agrees for row in self.rows) else Verdict.WITHIN
+        if all(row.agrees for row in self.rows):
+            return Verdict.EQUAL
+        return Verdict.DIFFERENT if self.complete else Verdict.WITHIN
 
     @property
     def proven(self) -> bool:
         """No more crossed than was planned, by the account of every process."""
-        return not self.missing and self.verdict is not Verdict.MORE
+        return self.verdict in (Verdict.EQUAL, Verdict.WITHIN)
 
     def total(self, direction: str) -> int:
         """Bytes of everything that went there."""
@@ -102,18 +113,19 @@ def audit(directory: Path) -> list[StartAudit]:
     for ledger in ledgers:
         for start in ledger["starts"]:
             by_run.setdefault(start["run"], {})[ledger["process"]] = {**start, "site": ledger["site"]}
-    processes = [ledger["process"] for ledger in ledgers]
-    found = [_audited(run, starts, processes) for run, starts in by_run.items()]
+    found = [_audited(run, starts) for run, starts in by_run.items()]
     return sorted(found, key=lambda one: one.begun_unix_s)
 
 
-def _audited(run: str, starts: dict[str, dict[str, Any]], processes: list[str]) -> StartAudit:
+def _audited(run: str, starts: dict[str, dict[str, Any]]) -> StartAudit:
+    members = {name: None for start in starts.values() for name in start["members"]}
     return StartAudit(
         run,
         min(start["begun_unix_s"] for start in starts.values()),
         max(start["steps"] for start in starts.values()),
         tuple(_rows(list(starts.values()))),
-        tuple(name for name in processes if name not in starts),
+        tuple(name for name in members if name not in starts),
+        all(start["complete"] for start in starts.values()),
     )
 
 

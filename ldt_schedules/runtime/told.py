@@ -23,7 +23,7 @@ def segments_of(told: Told) -> list[list[int]]:
     """`"segments"`: for each sample the lengths of its segments, 1 or more; all samples equally long."""
     rows = _rows(told, "segments", lambda value: value >= 1)
     lengths = {sum(row) for row in rows}
-    if len(lengths) != 1 or not rows or sum(map(sum, rows)) > MAX_TOKENS:
+    if len(lengths) != 1 or lengths == {0} or sum(map(sum, rows)) > MAX_TOKENS:
         raise _wrong("segments", rows, f"samples of one length, at most {MAX_TOKENS} tokens together")
     return rows
 

@@ -270,7 +270,8 @@ class LinkSection(Section):
     silence_s: float = Field(
         15.0,
         ge=0.0,
-        description="seconds without a sign of life, 2 or more, after which a process is taken for lost and all stop; 0: never",
+        description="seconds without a sign of life, 2 or more, after which a process is taken for lost and all stop (before "
+        "the first step timeout_s); 0: never",
     )
     quiet_s: float = Field(
         30.0, ge=0.0, description="seconds of waiting after which a process says what it waits for; 0: never"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.cli import ldt
-from tests.training.checkpoint_runs import QUICKSTART, TINY
+from tests.helpers.workers import Workers
+from tests.training.checkpoint_runs import run_all, tiny
 
 CASES = {
     "plain": (),
@@ -18,21 +20,14 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(tmp_path_factory.mktemp("audit") / "plain", *CASES["plain"])
+def run(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(workers, tmp_path_factory.mktemp("audit") / "plain", CASES["plain"])
 
 
-def trained(folder: Path, *options: str) -> Path:
-    done = ldt(
-        "train",
-        QUICKSTART,
-        *TINY,
-        "train.iterations=2",
-        "train.save_interval=0",
-        *options,
-        f"train.output_dir={folder}",
-    )
-    assert done.returncode == 0, done.stderr
+def trained(workers: Workers, folder: Path, *starts: Sequence[str]) -> Path:
+    """Two steps; with the options of several starts one after the other."""
+    common = ("train.iterations=2", "train.save_interval=0")
+    run_all(workers, *(tiny(folder, *common, *options) for options in starts))
     return folder
 
 
@@ -57,16 +52,15 @@ def test_all_accounts_agree_to_the_byte(run: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["asymmetric", "lead"])
-def test_other_layouts(name: str, tmp_path: Path) -> None:
-    found = figures(trained(tmp_path / "run", *CASES[name]))
+def test_other_layouts(workers: Workers, name: str, tmp_path: Path) -> None:
+    found = figures(trained(workers, tmp_path / "run", CASES[name]))
     (start,) = found["starts"]
     assert found["code"] == 0 and start["verdict"] == "equal" and start["missing"] == []
 
 
-def test_a_resumed_run_adds_an_entry(tmp_path: Path) -> None:
-    folder = trained(tmp_path / "run", "train.save_interval=1")
-    trained(folder, "train.save_interval=1", "train.iterations=3", "train.resume=auto")
-    found = figures(folder)
+def test_a_resumed_run_adds_an_entry(workers: Workers, tmp_path: Path) -> None:
+    save = ("train.save_interval=1", "train.lr_decay_iterations=3")
+    found = figures(trained(workers, tmp_path, save, (*save, "train.iterations=3", "train.resume=auto")))
     assert [start["steps"] for start in found["starts"]] == [2, 1] and found["code"] == 0
 
 
@@ -92,17 +86,31 @@ def test_more_than_was_planned(run: Path, tmp_path: Path) -> None:
 
 
 def test_less_than_was_planned(run: Path, tmp_path: Path) -> None:
+    """In a run that came to its end the accounts must agree; one that was stopped has sent less in its last step."""
+
     def one_message(start):
         start["sent"]["gradient"]["messages"] -= 1
 
-    done = ldt("audit", changed(run, tmp_path, "edge-rank0", one_message))
+    for name in ("ended", "stopped"):
+        (tmp_path / name).mkdir()
+    done = ldt("audit", changed(run, tmp_path / "ended", "edge-rank0", one_message))
+    assert done.returncode == 1 and "The accounts differ" in done.stdout
+
+    def stopped(start):
+        one_message(start)
+        start["complete"] = False
+
+    done = ldt("audit", changed(run, tmp_path / "stopped", "edge-rank0", stopped))
     assert done.returncode == 0 and "in the last step less" in done.stdout
 
 
 def test_a_ledger_without_this_start(run: Path, tmp_path: Path) -> None:
-    folder = changed(run, tmp_path, "cloud-rank1", lambda start: start.update(run="another"))
+    """Two machines, and the cloud's files were forgotten: that is said, and nobody is accused."""
+    folder = changed(run, tmp_path, "", lambda start: None)
+    for name in ("cloud-rank0", "cloud-rank1"):
+        (folder / "ledger" / f"{name}.json").unlink()
     done = ldt("audit", folder)
-    assert done.returncode == 1 and "no ledger of this start from cloud rank 1" in done.stdout
+    assert done.returncode == 1 and "no ledger of this start from cloud rank 0, cloud rank 1" in done.stdout
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": "ldt-ledger/1"}', "[" * 5000])

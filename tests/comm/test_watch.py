@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from ldt_schedules.comm.cause import Aborted, Cause
 from ldt_schedules.comm.watch import Members, Watch
+from ldt_schedules.comm.watch_server import WatchServer
 
 NAMES = ("edge rank 0", "cloud rank 0", "cloud rank 1")
 MEMBERS = Members(NAMES, ("edge", "cloud", "cloud"), server=1)
@@ -20,7 +21,7 @@ MEMBERS = Members(NAMES, ("edge", "cloud", "cloud"), server=1)
 class Trio:
     """Three processes' ends in one process."""
 
-    def __init__(self, silence_s: float = 0.0) -> None:
+    def __init__(self, silence_s: float = 0.0, steady: bool = True) -> None:
         store = dist.HashStore()
         self.told: list[list[Cause]] = [[], [], []]
         self.ends: list[Watch] = [None] * 3  # type: ignore[list-item]
@@ -28,6 +29,7 @@ class Trio:
             self.ends[rank] = Watch(
                 store, "127.0.0.1", rank, MEMBERS, silence_s, timeout_s=5.0, on_cause=self.told[rank].append
             )
+            self.ends[rank].steady = steady
 
     def __enter__(self) -> Trio:
         return self
@@ -86,6 +88,7 @@ def test_who_leaves_is_no_cause():
 
 def silent(trio: Trio, rank: int) -> None:
     """Its thread sends nothing more and does not read, its connection stays: frozen, or behind a cut link."""
+    time.sleep(1.2)  # its first signs of life have been heard
     trio.ends[rank]._stop.set()
     trio.ends[rank]._thread.join()
 
@@ -104,6 +107,7 @@ def test_a_silent_server_is_the_cause():
     with Trio(silence_s=2.0) as trio:
         server = trio.ends[1]._server
         assert server is not None
+        time.sleep(1.2)
         server._beat = lambda now: None  # type: ignore[method-assign]
         for rank in (0, 2):
             cause = trio.ends[rank].wait_for_cause(6)
@@ -122,6 +126,7 @@ GARBAGE = (
     b"GET / HTTP/1.1\r\nHost: cloud\r\n\r\n",
     b"\x00\xff" * 5000,
     b'{"rank": 0, "token": "guessed"}\n',
+    b'{"rank": 0, "token": "\\ud800"}\n',
     b'{"rank": 0}\n',
     b'{"rank": "0", "token": 5}\n',
     b'{"rank": 99999999999999999999, "token": ""}\n',
@@ -133,9 +138,9 @@ GARBAGE = (
 
 
 @pytest.mark.parametrize("garbage", GARBAGE)
-def test_strangers_are_sent_away(garbage, capsys):
+def test_strangers_are_sent_away(garbage, capfd):
     with Trio() as trio, ExitStack() as opened:
-        stranger = opened.enter_context(socket.create_connection(("127.0.0.1", trio.port), timeout=3))
+        stranger = opened.enter_context(socket.create_connection(("127.0.0.1", trio.port), timeout=13))
         try:
             stranger.sendall(garbage)
             assert stranger.recv(100) == b""
@@ -144,7 +149,40 @@ def test_strangers_are_sent_away(garbage, capsys):
         assert trio.causes(0.3) == [None] * 3
         trio.ends[0].declare(Cause("a real one"))
         assert trio.causes() == ["a real one"] * 3
-    assert "a stranger at" in capsys.readouterr().err
+    assert "a stranger at" in capfd.readouterr().err
+
+
+def test_who_has_not_begun_may_be_silent_for_longer():
+    """Who builds a model or an index may hold Python's lock; until the first step the limit is `timeout_s`, 5 s here."""
+    with Trio(silence_s=2.0, steady=False) as trio:
+        silent(trio, 0)
+        assert trio.ends[2].wait_for_cause(2.8) is None
+        cause = trio.ends[2].wait_for_cause(6)
+        assert cause is not None and "nothing has been heard of edge rank 0 for 5 s" in cause.text
+
+
+def test_who_knocks_again_is_let_in(monkeypatch):
+    """A server that sends the first one away, as one does to which too many come at once."""
+    sent_away = []
+    original = WatchServer._meet
+
+    def once_no(self, stranger):
+        if not sent_away:
+            sent_away.append(stranger)
+            self._drop(stranger.lines.connection)
+        else:
+            original(self, stranger)
+
+    monkeypatch.setattr(WatchServer, "_meet", once_no)
+    with Trio() as trio:
+        trio.ends[0].declare(Cause("all three are there"))
+        assert sent_away and trio.causes() == ["all three are there"] * 3
+
+
+def test_a_long_text_is_cut():
+    with Trio() as trio:
+        trio.ends[0].declare(Cause("x" * 200_000, 0, process=NAMES[0]))
+        assert [len(text or "") for text in trio.causes()] == [4000] * 3
 
 
 def test_many_strangers_who_say_nothing():

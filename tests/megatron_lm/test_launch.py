@@ -6,26 +6,35 @@ The same with the real loop of Megatron-LM: `test_real_checkout.py`.
 from __future__ import annotations
 
 import functools
+import itertools
+import re
 import subprocess
 import sys
+import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from ldt_schedules.comm.ports import free_ports
 from ldt_schedules.planning import Layout, plan, write_table
-from tests.megatron_lm.checkout import Figures, Finished, core_paths, core_version, torchrun, words
+from tests.megatron_lm.checkout import Figures, Finished, core_paths, core_version, started, torchrun, words
 
 SCRIPT = Path(__file__).parent / "stand_in" / "pretrain_tiny.py"
 ON = "--layerwise-disaggregated-training"
 STEPS = (1, 2, 3)
 
 
-def launch(processes: int, options: str, **environment: str) -> Finished:
+def arguments(options: str) -> tuple[object, ...]:
     model = "--num-layers 4 --mock-data --calculate-per-token-loss --log-params-norm --own-flag 7"
-    arguments = ("launch", SCRIPT, *words(f"{model} {options}"))
-    return torchrun(processes, "ldt_schedules", *arguments, folder=SCRIPT.parent, **environment)
+    kept = f"--ldt-run-dir {tempfile.mkdtemp(prefix='ldt_run')}" if ON in options else ""
+    return "launch", SCRIPT, *words(f"{model} {options} {kept}")
+
+
+def launch(processes: int, options: str, **environment: str) -> Finished:
+    return torchrun(processes, "ldt_schedules", *arguments(options), folder=SCRIPT.parent, **environment)
 
 
 @functools.lru_cache
@@ -76,6 +85,27 @@ def test_sites_launched_apart(tmp_path: Path) -> None:
     found, wanted = edge.result().require(1, 2), unsplit()
     assert found.keys() == {"iteration 1", "iteration 2", "validation iteration 2"}
     assert worst(found, {key: wanted[key] for key in found}) <= 1e-6
+
+
+def test_a_killed_process_of_one_site_stops_the_other_sites_launch() -> None:
+    """The edge's own torchrun knows nothing of the cloud; the watch tells it who has gone."""
+    (port,) = free_ports(1)
+    common = (
+        f"{ON} --pipeline-model-parallel-size 2 --ldt-link 127.0.0.1:{port} --train-iters 100000 --eval-interval 100000"
+    )
+    module, folder = "ldt_schedules", SCRIPT.parent
+    with (
+        started(1, module, *arguments(f"{common} --ldt-site cloud"), folder=folder) as cloud,
+        started(1, module, *arguments(f"{common} --ldt-site edge"), folder=folder) as edge,
+    ):
+        assert edge.stdout is not None
+        seen = list(itertools.takewhile(lambda text: not re.match(" *iteration +3/", text), edge.stdout))
+        (worker,) = psutil.Process(cloud.pid).children()
+        worker.kill()
+        begin = time.monotonic()
+        rest, _ = edge.communicate(timeout=60)
+        assert edge.returncode != 0 and time.monotonic() - begin < 15  # torchrun takes its time
+    assert "ldt: edge rank 0 stops, because cloud rank 0 has gone without a word" in rest, (seen, rest)
 
 
 @pytest.mark.parametrize(
