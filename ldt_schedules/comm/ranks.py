@@ -54,5 +54,5 @@ def connect_ranks(
         host=host, port=port, listen=listens, global_rank=rank, total_processes=num_ranks, timeout_s=timeout_s,
         backend=backend, name=name, silence_s=silence_s,
     )  # fmt: skip
-    link.watch.steady = True  # what its user builds, he builds before
+    link.watch.settle()  # what its user builds, he builds before
     return MessageTransport(link)

@@ -49,8 +49,7 @@ class Watch:
     Attributes:
         silence_s: who is not heard of for so long is taken for lost; 0: only who has gone.
         timeout_s: for getting in, and for how long the server stays for the others at the end.
-        steady: has this process's first step begun? Until then `timeout_s` is the limit of silence, here and for others: who
-            builds a model or an index may hold Python's lock for long.
+        steady: see `settle`.
         on_cause: called once, mostly in the watch's thread, before anybody else here learns of the cause.
         on_turn: called in that thread a few times a second with how long ago each site was last heard of, seconds.
     """
@@ -71,7 +70,7 @@ class Watch:
             self._server = WatchServer(self.members.names, self.members.sites, self.silence_s, self.timeout_s)
             self.store.set(_KEY, f"{self._server.port} {self._server.token}")
         self._cause: Cause | None = None
-        self._learned = self._all_steady = False
+        self._learned = False
         self._known, self._stop, self._lock = threading.Event(), threading.Event(), threading.Lock()
         self._heard: tuple[float, dict[str, float]] = (time.monotonic(), {})
         self._lines = self._joined()
@@ -90,6 +89,15 @@ class Watch:
     @property
     def cause(self) -> Cause | None:
         return self._cause
+
+    def settle(self) -> None:
+        """The first step is done, in which all processes have taken part: from now on `silence_s` is the limit of silence.
+
+        Before that it is `timeout_s`: who builds a model or an index may hold Python's lock for long.
+        """
+        if not self.steady:
+            self.steady = True
+            self._send({"beat": STEADY})
 
     def declare(self, mine: Cause) -> Cause:
         """Stop everybody; returns the cause, which is another's where another was first."""
@@ -208,11 +216,10 @@ class Watch:
                 self._learn(_cause_in(message))
                 return False
             self._heard = (time.monotonic(), message.get("heard", {}))
-            self._all_steady = message.get("steady", False)
         return True
 
     def _judge(self, now: float) -> None:
-        limit = self.silence_s if self._all_steady else max(self.silence_s, self.timeout_s)
+        limit = self.silence_s if self.steady else max(self.silence_s, self.timeout_s)
         if self.silence_s and now - self._heard[0] > limit:
             server = self.members.names[self.members.server]
             self.declare(Cause(silence(server, limit), self.members.server, process=server))

@@ -31,10 +31,10 @@ BEAT_S = 0.5
 SLEPT_S = 2.0
 """A turn that took so long: this process itself was frozen, or had no core, and knows nothing of the others' silence."""
 SEND_TIMEOUT_S = 1.0
-_HELLO_WITHIN_S = 10.0
+_HELLO_WITHIN_S = 5.0
 _MOST_STRANGERS = 64
 STEADY = "steady"
-"""What a beat says once the process's first step has begun."""
+"""What a beat says once the process's first step is done."""
 
 
 @dataclass
@@ -229,9 +229,8 @@ class WatchServer:
         for member in self._members.values():
             site = self.sites[member.rank]
             ages[site] = max(ages.get(site, 0.0), round(now - member.heard, 3))
-        steady = all(member.steady for member in self._members.values())
         for member in list(self._members.values()):
-            member.lines.send({"heard": ages, "steady": steady})
+            member.lines.send({"heard": ages})
 
     def _declare(self, cause: Cause) -> None:
         """The first cause is everybody's."""

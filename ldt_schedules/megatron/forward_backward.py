@@ -87,7 +87,7 @@ def forward_backward_pipelining_without_interleaving(
     table = run.table(num_microbatches, forward_only)
     check_executable(table)
     modules = modules_on_rank(chunks, table.layout, run.place.pipeline_rank)
-    run.phase, run.link.watch.steady = Phase.COMPUTING, True
+    run.phase = Phase.COMPUTING
     run.link.flight.begin_step(run.steps, partial(as_object, table))
     if config.timers is not None:
         config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
@@ -164,6 +164,7 @@ def _execute(stages: MegatronStages) -> None:
         flight=run.link.flight,
     )
     run.last_step = executor.run()
+    run.link.watch.settle()
     stages.batches.assert_empty()
 
 

@@ -29,7 +29,8 @@ class Trio:
             self.ends[rank] = Watch(
                 store, "127.0.0.1", rank, MEMBERS, silence_s, timeout_s=5.0, on_cause=self.told[rank].append
             )
-            self.ends[rank].steady = steady
+            if steady:
+                self.ends[rank].settle()
 
     def __enter__(self) -> Trio:
         return self
@@ -88,7 +89,6 @@ def test_who_leaves_is_no_cause():
 
 def silent(trio: Trio, rank: int) -> None:
     """Its thread sends nothing more and does not read, its connection stays: frozen, or behind a cut link."""
-    time.sleep(1.2)  # its first signs of life have been heard
     trio.ends[rank]._stop.set()
     trio.ends[rank]._thread.join()
 
@@ -107,7 +107,6 @@ def test_a_silent_server_is_the_cause():
     with Trio(silence_s=2.0) as trio:
         server = trio.ends[1]._server
         assert server is not None
-        time.sleep(1.2)
         server._beat = lambda now: None  # type: ignore[method-assign]
         for rank in (0, 2):
             cause = trio.ends[rank].wait_for_cause(6)

@@ -28,7 +28,7 @@ def test_frozen_for_longer_than_the_others_wait(
 def test_frozen_for_a_moment(tmp_path: Path, unharmed: Weights, process: str) -> None:
     """It goes on, and nothing has changed."""
     fault = Fault(STOP, process, STEP, 7, None, tmp_path / "at")
-    ended = run_until_ended(small(tmp_path), tmp_path, fault, wake_after_s=1.2)
+    ended = run_until_ended(small(tmp_path, "link.silence_s=10"), tmp_path, fault, wake_after_s=1.2)
     assert [one.code for one in ended] == [0, 0, 0], ended
     weights = saved_weights(tmp_path)
     assert set(weights) == set(unharmed) and all(np.array_equal(weights[name], unharmed[name]) for name in unharmed)

@@ -17,7 +17,7 @@ SILENCE_S = 8.0
 PROCESSES = (("edge", 0), ("cloud", 0), ("cloud", 1))
 SMALL = (
     *TINY,
-    "train.iterations=120",
+    "train.iterations=70",
     "train.save_interval=10",
     "train.log_interval=1000",
     f"link.silence_s={SILENCE_S}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing.connection
 import os
 import signal
@@ -75,7 +76,8 @@ def _wake(pid: int, fault: Fault, after_s: float, within_s: float) -> None:
     while not fault.at.exists() and time.time() < deadline:
         time.sleep(0.02)
     time.sleep(after_s)
-    os.kill(pid, signal.SIGCONT)
+    with contextlib.suppress(ProcessLookupError):  # what became of it, its exit code says
+        os.kill(pid, signal.SIGCONT)
 
 
 def _when(processes: dict[str, Any], fault: Fault | None, deadline: float) -> dict[str, float | None]:

@@ -61,7 +61,7 @@ def apply_and_revert() -> dict[str, object]:
 
 
 def test_every_patch_takes_effect_and_revert_restores_megatron(workers):
-    (seen,) = workers.run(apply_and_revert, [()])
+    (seen,) = workers.run(apply_and_revert, [()], bare=True)
     assert seen["targets"] == tuple(seen["declared"])
     assert seen["by_name"], "the package's by-name import still holds Megatron's own function"
     assert "megatron.core.transformer.transformer_block:get_transformer_layer_offset" in seen["changed"]
@@ -70,5 +70,5 @@ def test_every_patch_takes_effect_and_revert_restores_megatron(workers):
 
 
 def test_no_attribute_of_torch_distributed_is_replaced(workers):
-    (seen,) = workers.run(apply_and_revert, [()])
+    (seen,) = workers.run(apply_and_revert, [()], bare=True)
     assert seen["distributed_untouched"]
