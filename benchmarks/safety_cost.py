@@ -94,6 +94,7 @@ def be_process(site: str, rank: str, port: str, link: str, blocks: int, steps: i
     from ldt_schedules.topology import Site
     from ldt_schedules.training import loop
     from ldt_schedules.training.config import load_config
+    from ldt_schedules.training.process import open_process
 
     total = WARMUP + blocks * steps
     config = load_config(
@@ -108,7 +109,7 @@ def be_process(site: str, rank: str, port: str, link: str, blocks: int, steps: i
             "link.quiet_s=0",
         ],
     )
-    process = loop.open_process(config, Site(site))
+    process = open_process(config, Site(site))
     run, times = session.current(), []
     assert run is not None
     switch = Switch(run)
@@ -143,7 +144,7 @@ class Switch:
             (transport.gate, {"check_tensor": nothing, "count_sent": nothing, "count_received": nothing}),
             (transport.gate, {"add_scalars": nothing, "send_message": lambda what, message: json.dumps(message)}),
             (transport.gate, {"receive_message": lambda what, text: json.loads(text)}),
-            (self.run, {"plan_crossing": nothing}),
+            (transport, {"plan_step": nothing}),
         ]
         for owner, functions in replaced:
             for name, function in functions.items():

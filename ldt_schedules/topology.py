@@ -83,7 +83,12 @@ class Place:
     data_rank: int
 
     def __str__(self) -> str:
-        return f"{self.site} rank {self.site_rank} (pipeline rank {self.pipeline_rank})"
+        return f"{self.name} (pipeline rank {self.pipeline_rank})"
+
+    @property
+    def name(self) -> str:
+        """Of the process: `cloud rank 1`, as its site counts."""
+        return f"{self.site} rank {self.site_rank}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,14 +51,14 @@ def audit(run_dir: _RunDir, json_output: _Json = False) -> None:
 
 
 def _content(start: StartAudit) -> dict[str, Any]:
-    from ldt_schedules.runtime.audit import DOWN, UP
+    from ldt_schedules.comm.crossing_plan import Direction
 
     return {
         **asdict(start),
         "proven": start.proven,
         "verdict": start.verdict,
-        "bytes_up": start.total(UP),
-        "bytes_down": start.total(DOWN),
+        "bytes_up": start.total(Direction.UP),
+        "bytes_down": start.total(Direction.DOWN),
     }
 
 

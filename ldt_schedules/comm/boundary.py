@@ -27,13 +27,15 @@ import torch
 import torch.distributed as dist
 
 from ldt_schedules import device
+from ldt_schedules.comm.crossing_plan import MessageSpec, crossing_of
 from ldt_schedules.comm.gate import Gate
 from ldt_schedules.comm.torch_transport import ProcessTransport
 from ldt_schedules.comm.traffic import Traffic
 from ldt_schedules.comm.transport import TensorSpec
 from ldt_schedules.errors import LinkError
 from ldt_schedules.planning.channels import Lane
-from ldt_schedules.planning.dependencies import What
+from ldt_schedules.planning.dependencies import Value, What
+from ldt_schedules.planning.table import ScheduleTable
 from ldt_schedules.topology import Place, Topology
 
 
@@ -134,6 +136,20 @@ class BoundaryTransport:
     lead: bool = False
     traffic: Traffic = field(default_factory=Traffic)
     gate: Gate = field(default_factory=Gate)
+
+    def plan_step(self, table: ScheduleTable, whole: Callable[[Value], TensorSpec]) -> None:
+        """Write into the ledger what this process will exchange with the other site in a step that is about to begin.
+
+        Args:
+            whole: shape and dtype of a message, before context parallelism cuts it.
+        """
+        context = self.topology.size(self.place.site).context
+
+        def spec(message: Value) -> MessageSpec:
+            (length, *rest), dtype = whole(message).shape, whole(message).dtype
+            return MessageSpec((length // context, *rest), dtype.itemsize)
+
+        self.gate.ledger.plan(crossing_of(self.place, table, self.topology, spec, self.lead))
 
     def post_send(
         self, tensor: torch.Tensor, spec: TensorSpec, *, what: What, peer: int, lane: Lane, tag: int

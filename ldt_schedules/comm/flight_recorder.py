@@ -1,12 +1,10 @@
 """What this process did last, what it is at, and what it waits for: cheap enough to be always on.
 
-Written down when the run fails (`write`), one file a process; `ldt doctor --post-mortem` puts them together.
+Written down when the run fails (`record`), one file a process; `ldt doctor --post-mortem` puts them together.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import threading
 import time
@@ -48,7 +46,7 @@ class FlightRecorder:
         step: forward-backward calls that were begun, the running one included; -1 before the first.
         done: actions of its row that are finished in this step.
         updates: steps that the optimizer has applied.
-        table: of the step, for `write`: called then, JSON types.
+        table: of the step, for `snapshot`: called then, JSON types.
     """
 
     step: int = -1
@@ -117,16 +115,6 @@ class FlightRecorder:
             "events": [[round(at, 6), step, str(what), which] for at, step, what, which in list(self.events)],
             "stack": _main_stack(),
         }
-
-
-def write(directory: Path, name: str, content: dict[str, Any]) -> Path:
-    """Write a process's file, `cloud rank 1` to `cloud-rank1.json`, whole or not at all."""
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"{name.replace(' rank ', '-rank').replace(' ', '-')}.json"
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(part, path)
-    return path
 
 
 def record(

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ldt_schedules.comm.crossing_plan import Count, Crossing
 from ldt_schedules.comm.declared import MAX_SCALARS, SCALARS, problem_of
 from ldt_schedules.comm.transport import TensorSpec
 from ldt_schedules.errors import LdtError
@@ -32,18 +33,6 @@ TENSORS = tuple(what.name.lower() for what in _TENSORS)
 
 class ResidencyError(LdtError):
     """Something was about to cross that is not declared to."""
-
-
-@dataclass
-class Count:
-    """Messages, and bytes of their contents."""
-
-    messages: int = 0
-    num_bytes: int = 0
-
-    def add(self, num_bytes: int, messages: int = 1) -> None:
-        self.messages += messages
-        self.num_bytes += num_bytes
 
 
 Counts = defaultdict[str, Count]
@@ -69,12 +58,12 @@ class Ledger:
     planned_received: Counts = field(default_factory=_counts)
     steps: int = 0
 
-    def plan(self, sent: Mapping[str, Count], received: Mapping[str, Count]) -> None:
+    def plan(self, crossing: Crossing) -> None:
         """A step is about to begin whose table and shapes say so much."""
         self.steps += 1
-        for planned, counts in ((self.planned_sent, sent), (self.planned_received, received)):
-            for kind, count in counts.items():
-                planned[kind].add(count.num_bytes, count.messages)
+        for planned, counts in ((self.planned_sent, crossing.sent), (self.planned_received, crossing.received)):
+            for what, count in counts.items():
+                planned[kind_of(what)].add(count.num_bytes, count.messages)
 
     def content(self) -> dict[str, Any]:
         """Of JSON types."""

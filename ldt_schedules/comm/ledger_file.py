@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 import warnings
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ldt_schedules.comm.gate import FORMAT, Ledger
+from ldt_schedules.comm.process_files import file_stem, write_json
 from ldt_schedules.errors import ConfigError
 
 
@@ -48,7 +48,7 @@ class LedgerFile:
 
     @property
     def path(self) -> Path:
-        return self.directory / f"{self.process.replace(' rank ', '-rank')}.json"
+        return self.directory / f"{file_stem(self.process)}.json"
 
     def write(self) -> None:
         """All that has crossed until now; whole or not at all."""
@@ -62,9 +62,7 @@ class LedgerFile:
         }
         content = {"format": FORMAT, "process": self.process, "site": self.site, "starts": [*self._before, now]}
         with self._lock:  # the watch's thread writes, too
-            part = self.path.with_suffix(".part")
-            part.write_text(json.dumps(content, indent=1), encoding="utf-8")
-            os.replace(part, self.path)
+            write_json(self.directory, self.process, content)
 
     def close(self, complete: bool) -> None:
         """The last entry: has the run come to its end? A disk that is full now does not spoil that."""

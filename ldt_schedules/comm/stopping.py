@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ldt_schedules.comm.cause import Cause
-from ldt_schedules.comm.flight_recorder import FlightRecorder, record, write
+from ldt_schedules.comm.flight_recorder import FlightRecorder, record
 from ldt_schedules.comm.ledger_file import LedgerFile
+from ldt_schedules.comm.process_files import write_json
 from ldt_schedules.comm.saying import say
 from ldt_schedules.errors import FAILURE, USER_MISTAKE
 
@@ -102,7 +103,8 @@ class Stopping:
             if self.ledger is not None:
                 self.ledger.write()
             content = record(self.flight, process=self.name, place=self.place, cause=cause, last_heard_s=self._heard)
-            write(self.directory, self.name, content)
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_json(self.directory, self.name, content)
             say(f"  (what it did last: ldt doctor --post-mortem {self.directory})")
         except Exception as error:  # whatever it is, this process must go on to its end
             say(f"  (what it did last could not be written to {self.directory}: {error})")

@@ -17,14 +17,24 @@ from typing import Any
 
 from ldt_schedules.comm.cause import Aborted, Cause
 from ldt_schedules.comm.json_lines import Garbage, JsonLines
-from ldt_schedules.comm.watch_server import BEAT_S, SEND_TIMEOUT_S, SLEPT_S, STEADY, TURN_S, WatchServer, silence
+from ldt_schedules.comm.watch_server import (
+    BEAT_S,
+    SEND_TIMEOUT_S,
+    SLEPT_S,
+    STEADY,
+    TURN_S,
+    WatchServer,
+    gone,
+    limit_of_silence,
+    silence,
+)
 from ldt_schedules.errors import LinkError
 
 _ANSWER_WITHIN_S = 1.0
 _FAREWELL_S = 1.0
 _KEY = "watch"
 _MAX_TEXT = 4000
-_AGAIN_S, _WELCOME_WITHIN_S = 0.2, 10.0
+_AGAIN_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -86,15 +96,8 @@ class Watch:
     def name(self) -> str:
         return self.members.names[self.rank]
 
-    @property
-    def cause(self) -> Cause | None:
-        return self._cause
-
     def settle(self) -> None:
-        """The first step is done, in which all processes have taken part: from now on `silence_s` is the limit of silence.
-
-        Before that it is `timeout_s`: who builds a model or an index may hold Python's lock for long.
-        """
+        """The first step is done, in which all processes have taken part: from now on `silence_s` is the limit of silence."""
         if not self.steady:
             self.steady = True
             self._send({"beat": STEADY})
@@ -150,7 +153,7 @@ class Watch:
                 connection = socket.create_connection((self.host, int(port)), timeout=deadline - time.monotonic())
                 lines = JsonLines(connection, SEND_TIMEOUT_S)
                 lines.send({"rank": self.rank, "token": self._token})
-                if self._is_welcome(lines):
+                if self._is_welcome(lines, deadline):
                     return lines
                 lines.close()
             except OSError as error:
@@ -161,9 +164,8 @@ class Watch:
             f"failures: {problem}; the sites' processes must be able to connect to each other on any port"
         )
 
-    def _is_welcome(self, lines: JsonLines) -> bool:
-        until = time.monotonic() + _WELCOME_WITHIN_S
-        while time.monotonic() < until:
+    def _is_welcome(self, lines: JsonLines, deadline: float) -> bool:
+        while time.monotonic() < deadline:
             try:
                 messages = lines.receive()
             except Garbage:
@@ -208,8 +210,7 @@ class Watch:
         if messages is None:
             if not self._stop.is_set():
                 server = self.members.names[self.members.server]
-                text = f"{server} has gone without a word: killed (out of memory?) or stopped"
-                self._learn(Cause(text, self.members.server, process=server))
+                self._learn(Cause(gone(server), self.members.server, process=server))
             return False
         for message in messages:
             if "cause" in message:
@@ -219,7 +220,7 @@ class Watch:
         return True
 
     def _judge(self, now: float) -> None:
-        limit = self.silence_s if self.steady else max(self.silence_s, self.timeout_s)
+        limit = limit_of_silence(self.silence_s, self.timeout_s, self.steady)
         if self.silence_s and now - self._heard[0] > limit:
             server = self.members.names[self.members.server]
             self.declare(Cause(silence(server, limit), self.members.server, process=server))

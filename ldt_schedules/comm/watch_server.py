@@ -60,7 +60,7 @@ class WatchServer:
         names: of all processes, by rank.
         sites: theirs.
         silence_s: one that is not heard of for so long is taken for lost; 0: never.
-        starting_s: the same until it is steady: who builds a model or an index may hold Python's lock for long.
+        starting_s: the same until its first step is done.
         address: `port`, and `token`, without which nobody is let in.
     """
 
@@ -104,7 +104,9 @@ class WatchServer:
                     self._look(key)
                 except Exception as error:  # whatever somebody sends, the others are still heard
                     say(f"ldt: the watch lost a connection: {type(error).__name__}: {error}")
-                    if key.data is not None:
+                    if isinstance(key.data, _Member):
+                        self._lose(key.data)
+                    elif key.data is not None:
                         self._drop(key.fileobj)
             now = time.monotonic()
             if now - last > SLEPT_S:
@@ -206,9 +208,7 @@ class WatchServer:
         if member.rank not in self._left:
             self._left.add(member.rank)
             name = self.names[member.rank]
-            self._declare(
-                Cause(f"{name} has gone without a word: killed (out of memory?) or stopped", member.rank, process=name)
-            )
+            self._declare(Cause(gone(name), member.rank, process=name))
 
     def _judge(self, now: float) -> None:
         for stranger in self._strangers():
@@ -217,7 +217,7 @@ class WatchServer:
         if not self.silence_s or self._cause is not None:
             return
         for member in self._members.values():
-            limit = self.silence_s if member.steady else max(self.silence_s, self.starting_s)
+            limit = limit_of_silence(self.silence_s, self.starting_s, member.steady)
             if now - member.heard > limit:
                 name = self.names[member.rank]
                 self._declare(Cause(silence(name, limit), member.rank, process=name))
@@ -242,6 +242,16 @@ class WatchServer:
     def _drop(self, connection: Any) -> None:
         self._selector.unregister(connection)
         connection.close()
+
+
+def limit_of_silence(silence_s: float, starting_s: float, steady: bool) -> float:
+    """Until the first step is done it is `starting_s`: who builds a model or an index may hold Python's lock for long."""
+    return silence_s if steady else max(silence_s, starting_s)
+
+
+def gone(name: str) -> str:
+    """The text for one whose connection was closed."""
+    return f"{name} has gone without a word: killed (out of memory?) or stopped"
 
 
 def silence(name: str, seconds: float) -> str:

@@ -148,7 +148,7 @@ def _announced_stages(
         recompute_window=_recompute_window(config, table.ranks[run.place.pipeline_rank]),
         **of_the_loop,
     )
-    run.plan_crossing(table, lambda message: _whole_spec(message, stages))
+    run.transport.plan_step(table, lambda message: _whole_spec(message, stages))
     return stages
 
 

@@ -13,15 +13,11 @@ from functools import lru_cache
 from typing import Any
 
 from ldt_schedules.comm.boundary import BoundaryTransport
-from ldt_schedules.comm.gate import kind_of
 from ldt_schedules.comm.ledger_file import LedgerFile
 from ldt_schedules.comm.link import Link
-from ldt_schedules.comm.transport import TensorSpec, Transport
 from ldt_schedules.megatron.two_phases import Phase
-from ldt_schedules.planning.dependencies import Value
 from ldt_schedules.planning.layout import Layout
 from ldt_schedules.planning.table import ScheduleTable
-from ldt_schedules.runtime.crossing_plan import MessageSpec, crossing_of
 from ldt_schedules.runtime.microbatch_format import MicrobatchFormat
 from ldt_schedules.runtime.recorder import StepRecorder
 from ldt_schedules.topology import Place, Site, Topology
@@ -51,7 +47,7 @@ class Session:
     topology: Topology
     place: Place
     link: Link
-    transport: Transport
+    transport: BoundaryTransport
     table_for: TableSource
     ledger: LedgerFile | None = None
     microbatch_format: MicrobatchFormat | None = None
@@ -97,27 +93,6 @@ class Session:
             # That the edge is at this step proves that the cloud has read what belonged to the last but one.
             self.link.forget(key.replace(f"/{self.steps}/", f"/{self.steps - 2}/", 1))
         return message
-
-    def plan_crossing(self, table: ScheduleTable, whole: Callable[[Value], TensorSpec]) -> None:
-        """Write into the ledger what a step that is about to begin will carry from site to site, by table and header.
-
-        Args:
-            whole: shape and dtype of a message before context parallelism cuts it.
-        """
-        context = self.topology.size(self.place.site).context
-
-        def spec(value: Value) -> MessageSpec:
-            (length, *rest), dtype = whole(value).shape, whole(value).dtype
-            return MessageSpec((length // context, *rest), dtype.itemsize)
-
-        lead = isinstance(self.transport, BoundaryTransport) and self.transport.lead
-        crossing = crossing_of(self.place, table, self.topology, spec, lead)
-        if self.link.gate is not None:
-            sent, received = (
-                {kind_of(what): count for what, count in counts.items()}
-                for counts in (crossing.sent, crossing.received)
-            )
-            self.link.gate.ledger.plan(sent, received)
 
     @contextmanager
     def stage(self, stage: int) -> Iterator[None]:

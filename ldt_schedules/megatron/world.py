@@ -93,10 +93,10 @@ def join_link(
         backend: see `comm.link.connect`.
         lead: between the sites one process of each tensor-parallel group sends and receives for all.
     """
-    name, flight, gate = process_name(place), FlightRecorder(), Gate(str(place.site))
+    flight, gate = FlightRecorder(), Gate(str(place.site))
     directory = vigilance.directory
     recorded = None if directory is None else directory / FLIGHT_DIR
-    stopping = Stopping(name, flight_place(topology, place), flight, recorded, vigilance.quiet_s)
+    stopping = Stopping(place.name, flight_place(topology, place), flight, recorded, vigilance.quiet_s)
     acts = {"on_cause": stopping.on_cause, "on_turn": stopping.on_turn} if vigilance.stops else {}
     link = connect(
         host=address.host,
@@ -123,7 +123,9 @@ def join_link(
     session.install(run)
     if directory is not None:  # only now: what is wrong with the directory must be told to the others
         members = tuple(link.watch.members.names)
-        run.ledger = LedgerFile(directory / LEDGER_DIR, name, str(place.site), link.watch.run, members, gate.ledger)
+        run.ledger = LedgerFile(
+            directory / LEDGER_DIR, place.name, str(place.site), link.watch.run, members, gate.ledger
+        )
         stopping.ledger = run.ledger
     return run
 
@@ -132,12 +134,7 @@ def members_of(topology: Topology) -> Members:
     """Of both sites; the cloud's first process serves, as it does the link's store."""
     places = topology.places()
     server = topology.place(Site.CLOUD, 0).global_rank
-    return Members([process_name(place) for place in places], [str(place.site) for place in places], server)
-
-
-def process_name(place: Place) -> str:
-    """`cloud rank 1`: of its site's processes."""
-    return f"{place.site} rank {place.site_rank}"
+    return Members([place.name for place in places], [str(place.site) for place in places], server)
 
 
 def flight_place(topology: Topology, place: Place) -> dict[str, Any]:

@@ -12,14 +12,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from ldt_schedules.comm.crossing_plan import Count, Direction
 from ldt_schedules.comm.declared import MESSAGES, SCALARS
-from ldt_schedules.comm.gate import TENSORS, Count
+from ldt_schedules.comm.gate import TENSORS
 from ldt_schedules.comm.ledger_file import read_ledger
 from ldt_schedules.errors import ConfigError
 from ldt_schedules.topology import Site
-
-UP, DOWN = "up", "down"
-"""From the edge to the cloud, and back."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Row:
     """One kind of what crossed in one direction; `planned` and `received` are of tensors alone."""
 
     kind: str
-    direction: str
+    direction: Direction
     sent: Count
     received: Count | None = None
     planned: Count | None = None
@@ -93,7 +91,7 @@ class StartAudit:
         """No more crossed than was planned, by the account of every process."""
         return self.verdict in (Verdict.EQUAL, Verdict.WITHIN)
 
-    def total(self, direction: str) -> int:
+    def total(self, direction: Direction) -> int:
         """Bytes of everything that went there."""
         return sum(row.sent.num_bytes for row in self.rows if row.direction == direction)
 
@@ -130,18 +128,18 @@ def _audited(run: str, starts: dict[str, dict[str, Any]]) -> StartAudit:
 
 
 def _rows(starts: list[dict[str, Any]]) -> Iterator[Row]:
-    for direction, sender, receiver in ((UP, Site.EDGE, Site.CLOUD), (DOWN, Site.CLOUD, Site.EDGE)):
+    for direction in Direction:
         for kind in TENSORS:
             yield Row(
                 kind,
                 direction,
-                _sum(starts, sender, "sent", kind),
-                _sum(starts, receiver, "received", kind),
-                _sum(starts, sender, "planned_sent", kind),
+                _sum(starts, direction.sender, "sent", kind),
+                _sum(starts, direction.receiver, "received", kind),
+                _sum(starts, direction.sender, "planned_sent", kind),
             )
-    for direction, sender in ((UP, Site.EDGE), (DOWN, Site.CLOUD)):
+    for direction in Direction:
         for kind in (SCALARS, *MESSAGES):
-            sent = _sum(starts, sender, "sent", kind)
+            sent = _sum(starts, direction.sender, "sent", kind)
             if sent.messages:
                 yield Row(kind, direction, sent)
 

@@ -19,12 +19,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ldt_schedules.comm.flight_recorder import FORMAT
 from ldt_schedules.errors import ConfigError
 from ldt_schedules.planning.errors import ScheduleError
 from ldt_schedules.planning.formats import json_format
 from ldt_schedules.planning.table import ScheduleTable
-
-FORMAT = "ldt-flight/1"
 
 
 class DamagedFile(ConfigError):
@@ -65,7 +64,7 @@ class FlightFile(_Part):
         last_heard_s: for each site, how long ago it heard of it.
     """
 
-    format: Literal["ldt-flight/1"]
+    format: str
     process: str
     site: Literal["edge", "cloud"]
     site_rank: int = Field(ge=0)

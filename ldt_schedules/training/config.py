@@ -25,13 +25,13 @@ from ldt_schedules.planning.layout import Layout
 from ldt_schedules.topology import Site, SiteSize, Topology
 from ldt_schedules.training.config_file import apply_overrides, explain, keys_of, read_yaml
 from ldt_schedules.training.huggingface_model import with_sizes
+from ldt_schedules.training.link_section import LinkSection
 from ldt_schedules.training.model_config import model_problems, must_divide
 from ldt_schedules.training.section import Section
 from ldt_schedules.training.sections import (
     DataSection,
     EdgeSection,
     HardwareSection,
-    LinkSection,
     ModelSection,
     ScheduleSection,
     SitesSection,

@@ -27,6 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from ldt_schedules.comm.process_files import file_stem
 from ldt_schedules.errors import ConfigError, LdtError
 
 LAUNCHER_PID = "LDT_LAUNCHER_PID"
@@ -108,7 +109,7 @@ def run_all(children: Sequence[Child], log_dir: str | Path) -> None:
 
 
 def _start(child: Child, log_dir: Path) -> _Running:
-    log = None if child.owns_terminal else log_dir / f"{child.name.replace(' rank ', '-rank')}.log"
+    log = None if child.owns_terminal else log_dir / f"{file_stem(child.name)}.log"
     environment = {**os.environ, **child.environment, LAUNCHER_PID: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
     output: IO[bytes] | None = None if log is None else log.open("wb")
     try:

@@ -13,11 +13,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
+from ldt_schedules.comm.crossing_plan import Direction
+from ldt_schedules.comm.gate import kind_of
 from ldt_schedules.comm.probe.figures import LinkFigures
 from ldt_schedules.errors import ConfigError
 from ldt_schedules.megatron.session import TableSource
 from ldt_schedules.planning.costs import Costs, Link
-from ldt_schedules.planning.dependencies import What
 from ldt_schedules.planning.planners import PLAN_FOR_COSTS
 from ldt_schedules.planning.simulator import simulate
 from ldt_schedules.planning.table import ScheduleTable
@@ -25,8 +26,6 @@ from ldt_schedules.planning.timeline import Timeline
 from ldt_schedules.training.config import TrainConfig
 from ldt_schedules.training.cost_model import problem_of
 from ldt_schedules.training.planned_traffic import (
-    CROSSINGS,
-    Direction,
     PlannedTraffic,
     message_spec,
     planned_traffic,
@@ -86,8 +85,8 @@ def forecast_link(config: TrainConfig, table_for: TableSource, figures: LinkFigu
     lead = config.link.boundary == "lead"
     training = planned_traffic(table, config.topology, message_spec(config), lead)
     evaluation = planned_traffic(table_for(config.num_microbatches, True), config.topology, message_spec(config), lead)
-    up = total(training, Direction.UP).bytes / max(figures.up, 1.0)
-    down = total(training, Direction.DOWN).bytes / max(figures.down, 1.0)
+    up = total(training, Direction.UP).num_bytes / max(figures.up, 1.0)
+    down = total(training, Direction.DOWN).num_bytes / max(figures.down, 1.0)
     steps, assumed = _steps(config, table, figures)
     return Forecast(
         num_microbatches=config.num_microbatches,
@@ -136,11 +135,16 @@ def _with_links(costs: Costs, links: dict[str, Link]) -> Costs:
 
 
 def _rows(step: str, planned: PlannedTraffic) -> list[ForecastRow]:
-    names = {What.ACTIVATION: "activation", What.GRADIENT: "gradient"}
     return [
-        ForecastRow(step=step, direction=str(direction), what=names[what], **planned[direction, what]._asdict())
-        for direction, what in CROSSINGS
-        if planned[direction, what].messages
+        ForecastRow(
+            step=step,
+            direction=str(direction),
+            what=kind_of(what),
+            messages=count.messages,
+            bytes=count.num_bytes,
+        )
+        for (direction, what), count in planned.items()
+        if count.messages
     ]
 
 

@@ -48,7 +48,7 @@ def processes(config: TrainConfig, command: Sequence[str], environment: Mapping[
         argv = [sys.executable, "-m", "ldt_schedules", *command, *link, "--site", str(site)]
         for rank in range(config.site_processes(site)):
             place = _environment(config, site, rank, len(started), port)
-            started.append(Child(f"{site} rank {rank}", argv, {**(environment or {}), **place}))
+            started.append(Child(config.topology.place(site, rank).name, argv, {**(environment or {}), **place}))
     return started
 
 

@@ -1,49 +1,26 @@
-"""What a step of a whole run sends from site to site: `runtime.crossing_plan` for all processes, by direction.
+"""What a step of a whole run sends from site to site: `comm.crossing_plan` for all processes, by direction.
 
 planned = planned_traffic(table, topology, message_spec(config))
-planned[Direction.UP, What.ACTIVATION]        # Count(messages=4, bytes=1048576)
+planned[Direction.UP, What.ACTIVATION]        # Count(messages=4, num_bytes=1048576)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from enum import Enum
-from typing import NamedTuple
 
+from ldt_schedules.comm.crossing_plan import Count, Direction, MessageSpec, crossing_of
 from ldt_schedules.planning.dependencies import Value, What
 from ldt_schedules.planning.table import ScheduleTable
-from ldt_schedules.runtime.crossing_plan import MessageSpec, crossing_of
-from ldt_schedules.topology import Site, Topology
+from ldt_schedules.topology import Topology
 from ldt_schedules.training.config import TrainConfig
 from ldt_schedules.training.parameters import ELEMENT_BYTES
 from ldt_schedules.training.vision_shapes import Patches
 
-
-class Direction(str, Enum):
-    """Over the link: up is from the edge to the cloud."""
-
-    UP = "up"
-    DOWN = "down"
-
-    def __str__(self) -> str:
-        return self.value
-
-
-class Count(NamedTuple):
-    """Of a step, all replicas together."""
-
-    messages: int = 0
-    bytes: int = 0
-
-    def and_(self, other: Count) -> Count:
-        return Count(self.messages + other.messages, self.bytes + other.bytes)
-
-
-Crossing = tuple[Direction, What]
-PlannedTraffic = Mapping[Crossing, Count]
+CrossingKind = tuple[Direction, What]
+PlannedTraffic = Mapping[CrossingKind, Count]
 """What is ACTIVATION or GRADIENT; all four pairs are there, also where nothing crosses."""
 
-CROSSINGS: tuple[Crossing, ...] = tuple(
+CROSSINGS: tuple[CrossingKind, ...] = tuple(
     (direction, what) for direction in Direction for what in (What.ACTIVATION, What.GRADIENT)
 )
 
@@ -57,17 +34,20 @@ def planned_traffic(
         spec: of an ACTIVATION or GRADIENT, as `Dataflow` names it; called for each microbatch.
         lead: `link.boundary: lead`, every tensor crosses whole.
     """
-    found = dict.fromkeys(CROSSINGS, Count())
+    found = {crossing: Count() for crossing in CROSSINGS}
+    directions = {direction.sender: direction for direction in Direction}
     for place in topology.places():
-        direction = Direction.UP if place.site is Site.EDGE else Direction.DOWN
         for what, count in crossing_of(place, table, topology, spec, lead).sent.items():
-            found[direction, what] = found[direction, what].and_(Count(count.messages, count.num_bytes))
+            found[directions[place.site], what].add(count.num_bytes, count.messages)
     return found
 
 
 def total(planned: PlannedTraffic, direction: Direction) -> Count:
     """Activations and gradients that go one way."""
-    return planned[direction, What.ACTIVATION].and_(planned[direction, What.GRADIENT])
+    both = Count()
+    for what in (What.ACTIVATION, What.GRADIENT):
+        both.add(planned[direction, what].num_bytes, planned[direction, what].messages)
+    return both
 
 
 def message_spec(config: TrainConfig) -> Callable[[Value], MessageSpec]:

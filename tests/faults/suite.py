@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ldt_schedules.comm.process_files import file_stem
 from ldt_schedules.topology import Site
 from ldt_schedules.training.config import TrainConfig
 from ldt_schedules.training.schedule import table_source
@@ -138,7 +139,7 @@ def _problems(folder: Path, fault: Fault, ended: list[Ended], within_s: float) -
 
 def _half_applied(folder: Path, fault: Fault, one: Ended) -> Iterator[str]:
     """Nobody has changed a weight in a step that somebody did not come to apply."""
-    path = folder / "flight" / f"{one.name.replace(' rank ', '-rank')}.json"
+    path = folder / "flight" / f"{file_stem(one.name)}.json"
     if not path.exists():
         yield f"{one.name} wrote no flight recorder"
         return

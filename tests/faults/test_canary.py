@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import struct
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ def be_process(
     """
     from ldt_schedules.megatron import session, world
     from ldt_schedules.training import loop
+    from ldt_schedules.training.process import open_process
 
     warnings.simplefilter("ignore")
     os.environ.update(RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ports[site]))
@@ -45,7 +49,7 @@ def be_process(
 
     world.connect = tapped
     link = config.link.model_copy(update={"address": f"127.0.0.1:{ports['link']}"})
-    process = loop.open_process(config.model_copy(update={"link": link}), Site(site))
+    process = open_process(config.model_copy(update={"link": link}), Site(site))
     for _ in loop.Loop(process, None, None).steps():
         pass
     leaks = planted(session.current(), listener, config_ids(config)) if site == "edge" else []
@@ -108,14 +112,18 @@ def corpus(folder: Path) -> Path:
     return path
 
 
-def test_no_mark_leaves_the_edge(workers: Workers, tmp_path: Path) -> None:
-    config = tiny(
-        tmp_path,
-        f"data.path={corpus(tmp_path)}",
-        "train.iterations=3",
-        "train.save_interval=0",
-        "train.eval_interval=2",
-    )
+def conversations(folder: Path) -> Path:
+    """Packed into samples: the header then tells where in a sample each of them begins."""
+    path = folder / "marked.jsonl"
+    said = [{"role": role, "content": text(length)} for role, length in (("user", 40), ("assistant", 60))]
+    path.write_text("".join(json.dumps({"messages": said}) + "\n" for _ in range(200)))
+    return path
+
+
+@pytest.mark.parametrize("data", [corpus, conversations])
+def test_no_mark_leaves_the_edge(workers: Workers, tmp_path: Path, data: Callable[[Path], Path]) -> None:
+    steps = ("train.iterations=3", "train.save_interval=0", "train.eval_interval=2", "model.seq_length=320")
+    config = tiny(tmp_path, f"data.path={data(tmp_path)}", *steps)
     ports = site_ports()
     edge, *clouds = workers.run(
         be_process,
@@ -130,6 +138,9 @@ def test_no_mark_leaves_the_edge(workers: Workers, tmp_path: Path) -> None:
     assert leaks[4] == "heard 1"
 
 
+_SO_RCVBUFFORCE, _SOL_PACKET, _PACKET_STATISTICS = 33, 263, 6  # asm-generic/socket.h, linux/socket.h, linux/if_packet.h
+
+
 def sniff(packets: socket.socket, stop: threading.Event, listener: Listener) -> None:
     packets.settimeout(0.2)
     while not stop.is_set():
@@ -140,10 +151,13 @@ def sniff(packets: socket.socket, stop: threading.Event, listener: Listener) -> 
 
 
 def test_no_mark_is_on_the_wire(workers: Workers, tmp_path: Path) -> None:
-    """Every packet of this machine's loopback while two sites train: what no wrapper of ours could have missed."""
+    """Every packet of this machine's loopback while two sites train: what no wrapper of ours could have missed.
+
+    A mark that two packets share would be missed; every sample has hundreds.
+    """
     try:
         packets = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
-        packets.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 26)
+        packets.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 1 << 28)
         packets.bind(("lo", 0))
     except (OSError, AttributeError) as error:
         pytest.skip(f"packets can be read by root on Linux only: {error}")
@@ -157,7 +171,8 @@ def test_no_mark_is_on_the_wire(workers: Workers, tmp_path: Path) -> None:
             be_process_unheard,
             [(config, str(site), rank, ports) for site in Site for rank in range(config.site_processes(site))],
         )
-        assert listener.num_bytes > 100_000 and listener.found == []
+        _, dropped = struct.unpack("II", packets.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8))
+        assert listener.num_bytes > 100_000 and listener.found == [] and dropped == 0
         with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as leak:
             leak.sendall(torch.tensor(config_ids(config) * 2).numpy().tobytes())
             for _ in range(50):
@@ -174,11 +189,12 @@ def test_no_mark_is_on_the_wire(workers: Workers, tmp_path: Path) -> None:
 def be_process_unheard(config: TrainConfig, site: str, rank: int, ports: dict[str, int]) -> None:
     from ldt_schedules.megatron import world
     from ldt_schedules.training import loop
+    from ldt_schedules.training.process import open_process
 
     warnings.simplefilter("ignore")
     os.environ.update(RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ports[site]))
     link = config.link.model_copy(update={"address": f"127.0.0.1:{ports['link']}"})
-    process = loop.open_process(config.model_copy(update={"link": link}), Site(site))
+    process = open_process(config.model_copy(update={"link": link}), Site(site))
     for _ in loop.Loop(process, None, None).steps():
         pass
     world.close_site()

@@ -135,8 +135,9 @@ def _train(config: TrainConfig, site: Site) -> None:
     from ldt_schedules.megatron import world
     from ldt_schedules.training import loop
     from ldt_schedules.training.checkpointing import saver
+    from ldt_schedules.training.process import open_process
 
-    process = loop.open_process(config, site)
+    process = open_process(config, site)
     for _ in loop.Loop(process, None, saver(process.start, config, process.place)).steps():
         pass
     weights = Path(config.train.output_dir) / "weights"
@@ -168,12 +169,13 @@ def resume_all(configs: list[TrainConfig], site: str, rank: int, ports: dict[str
     from ldt_schedules.megatron import session, world
     from ldt_schedules.training import loop
     from ldt_schedules.training.checkpointing import find_start, restore
+    from ldt_schedules.training.process import open_process
 
     warnings.simplefilter("ignore")
     place = {"RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[site])}
     os.environ.update(place)
     update = {"link": configs[0].link.model_copy(update={"address": f"127.0.0.1:{ports['link']}"})}
-    process = loop.open_process(configs[0].model_copy(update=update), Site(site))
+    process = open_process(configs[0].model_copy(update=update), Site(site))
     found = []
     for config in configs:
         start = find_start(config, process.place, session.current())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+from ldt_schedules.comm.flight_recorder import FORMAT
+from ldt_schedules.comm.process_files import write_json
 from ldt_schedules.planning import Layout, plan
 from ldt_schedules.planning.formats import write_table
 
@@ -26,7 +28,7 @@ def flight(table, process, pipeline_rank, done, **changes):
     site, _, site_rank = process.split()
     row = table.ranks[pipeline_rank]
     return {
-        "format": "ldt-flight/1",
+        "format": FORMAT,
         "process": process,
         "site": site,
         "site_rank": int(site_rank),
@@ -51,7 +53,7 @@ def write_flights(directory, flights):
     """One file a process."""
     directory.mkdir(parents=True, exist_ok=True)
     for one in flights:
-        (directory / f"{one['process'].replace(' rank ', '-rank')}.json").write_text(json.dumps(one))
+        write_json(directory, one["process"], one)
 
 
 def failed_run(directory, microbatches=6):

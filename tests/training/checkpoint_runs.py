@@ -68,12 +68,13 @@ def _run_one(config: TrainConfig, site: Site, rank: int, ports: dict[str, int]) 
     from ldt_schedules.megatron import world
     from ldt_schedules.training import loop
     from ldt_schedules.training.checkpointing import saver
+    from ldt_schedules.training.process import open_process
     from ldt_schedules.training.reports import StepReport
 
     warnings.simplefilter("ignore")
     os.environ.update(RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ports[str(site)]))
     link = config.link.model_copy(update={"address": f"127.0.0.1:{ports['link']}"})
-    process = loop.open_process(config.model_copy(update={"link": link}), site)
+    process = open_process(config.model_copy(update={"link": link}), site)
     running, ran = loop.Loop(process, None, saver(process.start, config, process.place)), Ran()
     for report in running.steps():
         if isinstance(report, StepReport):

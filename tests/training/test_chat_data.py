@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from ldt_schedules.errors import ConfigError
-from ldt_schedules.training.chat.library import library_conversations
 from ldt_schedules.training.chat.packing import packed
+from ldt_schedules.training.chat.standard_library import library_conversations
 from ldt_schedules.training.config import TrainConfig
 from ldt_schedules.training.data import check_data
 from ldt_schedules.training.data_format import holds_messages

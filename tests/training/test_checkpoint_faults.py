@@ -30,14 +30,14 @@ ALONE = ("sites.cloud.pipeline_ranks=0", "layers=null", "model.num_layers=2")
 
 def save_for_ever(output, in_background, pipe):
     """Save one step after the other; all weights of step n are n. Tells of each that is complete."""
-    from ldt_schedules.training import loop
     from ldt_schedules.training.checkpointing import saver
+    from ldt_schedules.training.process import open_process
 
     warnings.simplefilter("ignore")
     os.environ.update(RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(site_ports()["edge"]))
     background = f"train.async_save={str(in_background).lower()}"
     config = tiny(output, *ALONE, background, "train.keep_checkpoints=2")
-    process = loop.open_process(config, Site.EDGE)
+    process = open_process(config, Site.EDGE)
     saving = saver(process.start, config, process.place)
     for step in itertools.count(1):
         with torch.no_grad():
@@ -267,13 +267,13 @@ def test_steps_of_an_abandoned_future(workers, output):
 
 
 def no_space(output, limit):
-    from ldt_schedules.training import loop
     from ldt_schedules.training.checkpointing import saver
+    from ldt_schedules.training.process import open_process
 
     warnings.simplefilter("ignore")
     os.environ.update(RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(site_ports()["edge"]))
     wide = ("model.hidden_size=256", "model.num_layers=4")  # a checkpoint of 20 MB
-    process = loop.open_process(tiny(output, *ALONE, *wide), Site.EDGE)
+    process = open_process(tiny(output, *ALONE, *wide), Site.EDGE)
     saving = saver(process.start, process.config, process.place)
     saving.save(process.trainee, 1, 0)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ldt_schedules.errors import ConfigError
-from ldt_schedules.training.chat.library import library_conversations
 from ldt_schedules.training.chat.samples import Sample, read_samples
+from ldt_schedules.training.chat.standard_library import library_conversations
 from ldt_schedules.training.chat.writing import Chat, ChatError, Written
 from ldt_schedules.training.config import TrainConfig
 

@@ -16,7 +16,7 @@ from ldt_schedules.training.config import TrainConfig
 if TYPE_CHECKING:
     import torch
 
-    from ldt_schedules.training.loop import Process
+    from ldt_schedules.training.process import Process
 
 
 @dataclass(frozen=True)

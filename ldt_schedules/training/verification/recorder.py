@@ -20,7 +20,7 @@ from ldt_schedules.megatron.stopping_together import stopping_together
 from ldt_schedules.topology import Site
 from ldt_schedules.training.config import TrainConfig
 from ldt_schedules.training.forward_step import LossReport
-from ldt_schedules.training.loop import Process, open_process
+from ldt_schedules.training.process import Process, open_process
 from ldt_schedules.training.verification import records
 from ldt_schedules.training.verification.joining import Partition
 from ldt_schedules.training.verification.planted import PLANTED

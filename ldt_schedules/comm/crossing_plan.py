@@ -16,12 +16,42 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import NamedTuple
 
-from ldt_schedules.comm.gate import Count
 from ldt_schedules.planning.dependencies import Dataflow, Value, What
 from ldt_schedules.planning.table import ScheduleTable
-from ldt_schedules.topology import Place, Topology
+from ldt_schedules.topology import Place, Site, Topology
+
+
+class Direction(str, Enum):
+    """Over the link: up is from the edge to the cloud."""
+
+    UP = "up"
+    DOWN = "down"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @property
+    def sender(self) -> Site:
+        return Site.EDGE if self is Direction.UP else Site.CLOUD
+
+    @property
+    def receiver(self) -> Site:
+        return Site.CLOUD if self is Direction.UP else Site.EDGE
+
+
+@dataclass
+class Count:
+    """Messages, and bytes of their contents."""
+
+    messages: int = 0
+    num_bytes: int = 0
+
+    def add(self, num_bytes: int, messages: int = 1) -> None:
+        self.messages += messages
+        self.num_bytes += num_bytes
 
 
 class MessageSpec(NamedTuple):
